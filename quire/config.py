@@ -1,0 +1,114 @@
+"""Configuration: frozen, validated once, passed down in parts. A leaf: standard library only."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+SchedulingPolicy = Literal["fcfs", "priority"]
+
+
+class ConfigError(ValueError):
+    """A flag or model directory cannot be used as given. The message is one line that says what to do."""
+
+
+class ExitCode(enum.IntEnum):
+    """How the processes of Quire end (docs/architecture.md, "Exit codes")."""
+
+    CLEAN = 0
+    INTERNAL_ERROR = 1
+    BAD_ARGUMENTS = 2
+    ENGINE_LOST = 3
+    START_FAILED = 4
+    DRAIN_DEADLINE = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """All that one engine process is told. `None` means: derived from the model and the machine at start."""
+
+    model: str
+    """Directory of a Hugging Face checkpoint, or a hub name (resolved before the engine starts)."""
+    dtype: DType = "auto"
+    device: Device = "auto"
+    seed: int = 0
+    """Seed from which requests without a seed are given theirs."""
+    max_model_len: int | None = None
+    """Longest sequence, prompt and output together, in tokens."""
+    max_num_seqs: int | None = None
+    """Sequences that run at once: 64 on a CPU, 256 on a GPU."""
+    max_num_batched_tokens: int = 2048
+    """Token budget of one step."""
+    block_size: int = 16
+    """Tokens in one block of the KV-cache; a power of two."""
+    num_blocks: int | None = None
+    """Blocks of the KV-cache, the null block included; overrides the memory budget."""
+    kv_cache_memory_bytes: int | None = None
+    """Bytes of KV-cache; without it the memory budget decides."""
+    gpu_memory_utilization: float = 0.92
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    scheduling_policy: SchedulingPolicy = "fcfs"
+    num_threads: int | None = None
+    """CPU threads of the engine process."""
+
+    def __post_init__(self) -> None:
+        require_power_of_two("--block-size", self.block_size, 8, 256)
+        for flag, value, low in (
+            ("--max-model-len", self.max_model_len, 1),
+            ("--max-num-seqs", self.max_num_seqs, 1),
+            ("--max-num-batched-tokens", self.max_num_batched_tokens, 1),
+            ("--num-gpu-blocks-override", self.num_blocks, 2),
+            ("--kv-cache-memory-bytes", self.kv_cache_memory_bytes, 1),
+            ("--num-threads", self.num_threads, 1),
+        ):
+            if value is not None and value < low:
+                raise ConfigError(f"{flag} must be at least {low}, not {value}.")
+        if not (math.isfinite(self.gpu_memory_utilization) and 0 < self.gpu_memory_utilization <= 1):
+            raise ConfigError(f"--gpu-memory-utilization must be in (0, 1], not {self.gpu_memory_utilization}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """What the scheduler needs to know: plain integers, no model, no device."""
+
+    num_blocks: int
+    """Blocks in the pool, the null block 0 included."""
+    block_size: int = 16
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    max_model_len: int = 4096
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    policy: SchedulingPolicy = "fcfs"
+    sliding_window: int | None = None
+    """Set only if every layer of the model has this window: then blocks that fell out of it are freed."""
+    cache_namespace: str = ""
+    """Identity of what computes the KV-cache (model, dtype); part of every prefix-cache key."""
+
+    def __post_init__(self) -> None:
+        if self.num_blocks < 2:
+            raise ConfigError(f"The KV-cache has room for {self.num_blocks - 1} blocks; it needs at least one.")
+        if not self.enable_chunked_prefill and self.max_num_batched_tokens < self.max_model_len:
+            raise ConfigError(
+                f"Without chunked prefill --max-num-batched-tokens ({self.max_num_batched_tokens}) must be at least "
+                f"--max-model-len ({self.max_model_len})."
+            )
+
+    @property
+    def num_usable_blocks(self) -> int:
+        return self.num_blocks - 1
+
+    @property
+    def max_pool_tokens(self) -> int:
+        """Tokens that fit into the whole pool."""
+        return self.num_usable_blocks * self.block_size
+
+
+def require_power_of_two(flag: str, value: int, low: int, high: int) -> None:
+    if not (low <= value <= high and value & (value - 1) == 0):
+        raise ConfigError(f"{flag} must be a power of two from {low} to {high}, not {value}.")
