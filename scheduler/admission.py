@@ -1,0 +1,64 @@
+"""What is refused at the door, because it could never run."""
+
+from __future__ import annotations
+
+from quire.config import SchedulerConfig
+from quire.scheduler.request import AdmissionError, Request
+
+
+def max_sequence_tokens(request: Request, config: SchedulerConfig) -> int:
+    """Length, prompt and output, that a choice of this request may reach. Alone in the pool it can always reach it.
+
+    Without `max_tokens` that is what the context and the pool have room for.
+
+    Raises:
+        AdmissionError: the request can never fit.
+    """
+    num_prompt_tokens = len(request.prompt_token_ids)
+    num_output_tokens = request.params.max_tokens
+    if num_prompt_tokens == 0:
+        raise AdmissionError("The prompt must have at least one token.", code="empty_prompt", param="prompt")
+    if request.params.n > config.max_num_seqs:
+        raise AdmissionError(
+            f"n is at most {config.max_num_seqs} here: that many sequences run at once.",
+            code="n_too_large",
+            param="n",
+        )
+    _check_context(num_prompt_tokens, num_output_tokens, config)
+    pool_limit = _pool_limit(config)
+    if num_prompt_tokens >= pool_limit or num_prompt_tokens + (num_output_tokens or 1) > pool_limit:
+        raise AdmissionError(
+            f"The KV-cache of this server has room for {config.max_pool_tokens} tokens. However, you requested "
+            f"{num_prompt_tokens + (num_output_tokens or 1)} tokens ({num_prompt_tokens} in the prompt, "
+            f"{num_output_tokens or 1} in the completion).",
+            code="kv_cache_exceeded",
+            param="prompt" if num_prompt_tokens >= pool_limit else "max_tokens",
+        )
+    if num_output_tokens is None:
+        return min(config.max_model_len, pool_limit)
+    return num_prompt_tokens + num_output_tokens
+
+
+def _check_context(num_prompt_tokens: int, num_output_tokens: int | None, config: SchedulerConfig) -> None:
+    if num_prompt_tokens + (num_output_tokens or 1) > config.max_model_len:
+        raise AdmissionError(
+            f"This model's maximum context length is {config.max_model_len} tokens. However, you requested "
+            f"{num_prompt_tokens + (num_output_tokens or 1)} tokens ({num_prompt_tokens} in the prompt, "
+            f"{num_output_tokens or 1} in the completion). Please reduce the length of the prompt or the completion.",
+            code="context_length_exceeded",
+            param="prompt" if num_prompt_tokens >= config.max_model_len else "max_tokens",
+        )
+
+
+def _pool_limit(config: SchedulerConfig) -> int:
+    """Longest sequence that one can grow to alone in the pool; its last token is sampled but never stored.
+
+    With a sliding window and chunked prefill only the window and the chunk being computed are held, so length is no
+    matter once they fit. Without chunked prefill a preempted sequence comes back whole.
+    """
+    window = config.sliding_window
+    if window is not None and config.enable_chunked_prefill:
+        num_window_blocks = -(-(window - 1) // config.block_size) + 1
+        if num_window_blocks <= config.num_usable_blocks:
+            return config.max_model_len
+    return config.max_pool_tokens + 1

@@ -1,0 +1,51 @@
+"""Collects one step: who computes how many tokens."""
+
+from __future__ import annotations
+
+from quire.scheduler.output import BlockTableUpdate, ScheduledBatch
+from quire.scheduler.sequence import Sequence
+
+
+class BatchBuilder:
+    """Takes sequences in the order they are scheduled and sorts them into the order of a batch.
+
+    That order is: one token and it samples; one token and it does not (a chunk cut short by the budget); more tokens.
+    """
+
+    __slots__ = ("_chunks", "_single_chunks", "budget", "decodes")
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        """Tokens that may still be scheduled."""
+        self.decodes: list[Sequence] = []
+        """Those whose last known token is the only one left to compute; written to directly, for speed."""
+        self._single_chunks: list[Sequence] = []
+        self._chunks: list[tuple[Sequence, int]] = []
+
+    @property
+    def empty(self) -> bool:
+        return not (self.decodes or self._single_chunks or self._chunks)
+
+    def add(self, sequence: Sequence, num_tokens: int) -> None:
+        if num_tokens > 1:
+            self._chunks.append((sequence, num_tokens))
+        elif sequence.num_computed_tokens + 1 == len(sequence.token_ids):
+            self.decodes.append(sequence)
+        else:
+            self._single_chunks.append(sequence)
+
+    def build(
+        self, step_id: int, block_copies: list[tuple[int, int]], block_table_updates: list[BlockTableUpdate]
+    ) -> ScheduledBatch:
+        sequences = self.decodes + self._single_chunks
+        num_singles = len(sequences)
+        num_scheduled_tokens = [1] * num_singles
+        sampling = list(range(len(self.decodes)))
+        for index, (sequence, num_tokens) in enumerate(self._chunks, num_singles):
+            sequences.append(sequence)
+            num_scheduled_tokens.append(num_tokens)
+            if sequence.num_computed_tokens + num_tokens == len(sequence.token_ids):
+                sampling.append(index)
+        return ScheduledBatch(
+            step_id, sequences, num_scheduled_tokens, num_singles, sampling, block_copies, block_table_updates
+        )

@@ -1,0 +1,99 @@
+"""The memory side of the scheduler: what is cached, what fits, and what the engine's block tables must be told."""
+
+from __future__ import annotations
+
+from quire.config import SchedulerConfig
+from quire.scheduler.block_pool import BlockPool
+from quire.scheduler.block_table import BlockTable
+from quire.scheduler.output import BlockTableUpdate
+from quire.scheduler.prefix_cache import PrefixCache
+from quire.scheduler.sequence import Sequence
+from quire.scheduler.window import first_block_in_window
+
+
+class BlockManager:
+    """Pool, prefix cache and the log of changed table entries. Who runs is not its business but the scheduler's."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.block_size = config.block_size
+        self.window = config.sliding_window
+        self.caching = config.enable_prefix_caching
+        self.prefix_cache = PrefixCache(
+            config.num_blocks, config.block_size, namespace=config.cache_namespace, window=config.sliding_window
+        )
+        self.pool = BlockPool(config.num_blocks, self.prefix_cache)
+        self._updates: list[BlockTableUpdate] = []
+        self._forked: list[BlockTable] = []
+
+    def new_table(self) -> BlockTable:
+        return BlockTable(self.pool, self.block_size)
+
+    def find_cached_prefix(self, sequence: Sequence) -> list[int]:
+        """Cached blocks to start from; the last token is always left to be computed, for its logits are wanted."""
+        if not self.caching:
+            return []
+        num_blocks = (len(sequence.token_ids) - 1) // self.block_size
+        self.prefix_cache.extend_keys(sequence.block_keys, sequence.token_ids, num_blocks)
+        return self.prefix_cache.find(sequence.block_keys, num_blocks)
+
+    def num_blocks_to_start(self, cached_block_ids: list[int], num_tokens: int) -> int:
+        """Free blocks it takes to start from a cached prefix and hold `num_tokens` tokens; reviving one takes one."""
+        ref_counts = self.pool.ref_counts
+        num_revived = sum(1 for block_id in cached_block_ids if block_id and ref_counts[block_id] == 0)
+        return -(-num_tokens // self.block_size) - len(cached_block_ids) + num_revived
+
+    def start(self, sequence: Sequence, cached_block_ids: list[int], num_tokens: int) -> None:
+        """Give a waiting sequence its cached prefix and blocks for its first `num_tokens` tokens."""
+        table = sequence.block_table
+        table.adopt(cached_block_ids)
+        table.grow(table.num_missing_blocks(num_tokens))
+        sequence.num_computed_tokens = len(cached_block_ids) * self.block_size
+        self._log_table(sequence)
+
+    def grow(self, sequence: Sequence, num_blocks: int) -> None:
+        """Give a running sequence blocks, which must be free."""
+        table = sequence.block_table
+        start = len(table.block_ids)
+        self._updates.append(BlockTableUpdate(sequence.row, start, table.grow(num_blocks)))
+
+    def release_out_of_window(self, sequence: Sequence) -> None:
+        """Let go of the leading blocks that no token to be computed can see."""
+        table = sequence.block_table
+        start = table.num_released
+        table.release_before(first_block_in_window(sequence.num_computed_tokens, self.window, self.block_size))
+        if table.num_released > start:
+            self._updates.append(BlockTableUpdate(sequence.row, start, [0] * (table.num_released - start)))
+
+    def fork(self, leader: Sequence, follower: Sequence) -> None:
+        """Share the computed prompt but for its last token. Takes one free block."""
+        num_tokens = leader.num_prompt_tokens - 1
+        follower.block_table = leader.block_table.fork(num_tokens)
+        follower.num_computed_tokens = num_tokens
+        follower.block_keys = leader.block_keys[: 1 + num_tokens // self.block_size]
+        self._forked.append(follower.block_table)
+        self._log_table(follower)
+
+    def cache_full_blocks(self, sequence: Sequence, start: int, end: int) -> None:
+        """Make the blocks that were filled by computing tokens [start, end) findable."""
+        first, last = start // self.block_size, end // self.block_size
+        if first == last or not self.caching:
+            return
+        block_keys, block_ids = sequence.block_keys, sequence.block_table.block_ids
+        self.prefix_cache.extend_keys(block_keys, sequence.token_ids, last)
+        for index in range(first, last):
+            self.prefix_cache.insert(block_keys[index + 1], block_ids[index])
+
+    def distrust(self, sequence: Sequence) -> None:
+        """Make nothing findable that a failed sequence has read or written."""
+        for block_id in sequence.block_table.held_block_ids():
+            self.prefix_cache.forget(block_id)
+
+    def take_changes(self) -> tuple[list[tuple[int, int]], list[BlockTableUpdate]]:
+        """Page copies and table entries that the engine has not been told of yet."""
+        copies = [copy for table in self._forked if (copy := table.take_copy()) is not None]
+        updates = self._updates
+        self._forked, self._updates = [], []
+        return copies, updates
+
+    def _log_table(self, sequence: Sequence) -> None:
+        self._updates.append(BlockTableUpdate(sequence.row, 0, list(sequence.block_table.block_ids)))

@@ -1,0 +1,89 @@
+"""What leaves the scheduler: the batch of one step, and what each request is told after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from quire.scheduler.sequence import Sequence
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(slots=True)
+class BlockTableUpdate:
+    """Entries of one row's block table that changed: `block_ids` replace entries from `start` on."""
+
+    row: int
+    start: int
+    block_ids: list[int]
+
+
+@dataclass(slots=True)
+class ScheduledBatch:
+    """Who computes how many tokens in one step. Rows with one token come first; all fields set by `schedule()`.
+
+    `sequences[i]` computes `num_scheduled_tokens[i]` of its tokens, from `num_computed_tokens` on. The sequences are
+    the scheduler's own: the engine reads `row`, `token_ids`, `num_computed_tokens` and `request` and writes nothing.
+    """
+
+    step_id: int
+    sequences: list[Sequence]
+    num_scheduled_tokens: list[int]
+    num_decodes: int
+    """How many leading sequences compute exactly one token."""
+    sampling: list[int]
+    """Indices into `sequences` of those whose last known token is computed in this step: they sample."""
+    block_copies: list[tuple[int, int]] = field(default_factory=list)
+    """(source, target) block ids to be copied, all layers, before anything is written in this step."""
+    block_table_updates: list[BlockTableUpdate] = field(default_factory=list)
+    """Changes since the last batch, to be applied in order to a persistent [max_num_seqs, max_blocks] table."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.num_scheduled_tokens)
+
+
+@dataclass(slots=True)
+class SampledTokens:
+    """One entry for each index in `ScheduledBatch.sampling`; `None`: this row's logits were not finite."""
+
+    token_ids: list[int | None]
+
+
+@dataclass(slots=True)
+class StepOutput:
+    """What one step brought to one choice of one request."""
+
+    request_id: str
+    choice_index: int
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    """The stop token id that ended the choice; None for end-of-sequence, length and errors."""
+    num_cached_tokens: int = 0
+    """Prompt tokens of this choice found in the prefix cache at its first admission."""
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Gauges as of now and counters since the start."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_free_blocks: int = 0
+    num_used_blocks: int = 0
+    prefix_cache_queries: int = 0
+    """Tokens looked up."""
+    prefix_cache_hits: int = 0
+    """Tokens found."""
+    num_preemptions: int = 0
+    num_steps: int = 0
+    num_scheduled_tokens: int = 0

@@ -1,0 +1,42 @@
+"""Sequences that wait, in the order in which they will run."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from operator import attrgetter
+
+from quire.scheduler.sequence import Sequence
+
+BY_ORDER = attrgetter("order")
+
+
+class RequestQueue:
+    """Sorted by `Sequence.order`, which alone holds the policy: arrival ("fcfs"), or priority and then arrival.
+
+    A new request goes to the end of its priority class, a preempted one back before all that arrived later.
+    """
+
+    __slots__ = ("_sequences",)
+
+    def __init__(self) -> None:
+        self._sequences: list[Sequence] = []
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._sequences)
+
+    @property
+    def head(self) -> Sequence:
+        return self._sequences[0]
+
+    def push(self, sequence: Sequence) -> None:
+        insort(self._sequences, sequence, key=BY_ORDER)
+
+    def pop(self) -> Sequence:
+        return self._sequences.pop(0)
+
+    def remove(self, sequence: Sequence) -> None:
+        del self._sequences[bisect_left(self._sequences, sequence.order, key=BY_ORDER)]

@@ -1,0 +1,350 @@
+"""Continuous batching over a paged KV-cache, as integer bookkeeping.
+
+There is no prefill phase and no decode phase. Every sequence has `num_computed_tokens`, which chases the number of its
+tokens; a step hands out a budget of tokens to compute. Chunked prefill, prefix hits, forks, preempted sequences that
+come back and plain decoding are all the same loop. (The idea is that of vLLM's v1 scheduler.)
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from dataclasses import replace
+
+from quire.config import SchedulerConfig
+from quire.scheduler import invariants
+from quire.scheduler.admission import max_sequence_tokens
+from quire.scheduler.batch_builder import BatchBuilder
+from quire.scheduler.block_manager import BlockManager
+from quire.scheduler.output import FinishReason, SampledTokens, ScheduledBatch, SchedulerStats, StepOutput
+from quire.scheduler.preemption import MAX_PREEMPTIONS, choose_victims
+from quire.scheduler.request import AdmissionError, Request
+from quire.scheduler.request_queue import BY_ORDER, RequestQueue
+from quire.scheduler.sequence import Sequence
+from quire.scheduler.status import FINISHED, RUNNING, WAITING
+from quire.scheduler.window import first_block_in_window
+
+
+class Scheduler:
+    """Decides what each step computes. Pure and deterministic: no clock, no device.
+
+    `schedule()` and `update()` strictly alternate; `add()` and `abort()` may come between them at any point.
+    """
+
+    def __init__(self, config: SchedulerConfig, *, max_preemptions: int = MAX_PREEMPTIONS) -> None:
+        self.config = config
+        self.max_preemptions = max_preemptions
+        self.blocks = BlockManager(config)
+        self.waiting = RequestQueue()
+        self.running: list[Sequence] = []
+        """In order, the oldest first; followers are reached through their leader."""
+        self.live: dict[str, list[Sequence]] = {}
+        """The choices that have not ended, by request."""
+        self.free_rows = list(reversed(range(config.max_num_seqs)))
+        self.batch: ScheduledBatch | None = None
+        """What schedule() handed out and update() has not answered yet."""
+        self._num_arrivals = 0
+        self._num_live = 0
+        self._counters = SchedulerStats()
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            AdmissionError: it can never run here, or its id is in use.
+        """
+        max_num_tokens = max_sequence_tokens(request, self.config)
+        if request.request_id in self.live:
+            raise AdmissionError("A request with this id is live.", code="duplicate_request_id", param="request_id")
+        priority = request.priority if self.config.policy == "priority" else 0
+        root_key = self.blocks.prefix_cache.root_key(request.cache_salt)
+        sequences = [
+            Sequence(
+                request,
+                choice_index,
+                order=(priority, self._num_arrivals, choice_index),
+                max_num_tokens=max_num_tokens,
+                block_table=self.blocks.new_table(),
+                block_keys=[root_key],
+            )
+            for choice_index in range(request.params.n)
+        ]
+        self._num_arrivals += 1
+        self._num_live += len(sequences)
+        self.live[request.request_id] = sequences
+        self._enqueue_group(sequences)
+
+    def abort(self, request_id: str, choice_index: int | None = None) -> None:
+        """End a request, or one choice of it, without output. What is not live is ignored."""
+        for sequence in self.live.get(request_id, [])[::-1]:  # followers first: they need no new leader
+            if choice_index is None or sequence.choice_index == choice_index:
+                self._abort_sequence(sequence)
+
+    def has_work(self) -> bool:
+        return bool(self.live)
+
+    def schedule(self) -> ScheduledBatch | None:
+        """Choose what the next step computes; None if there is nothing to do."""
+        if self.batch is not None:
+            raise RuntimeError("schedule() was called before update() answered the last batch.")
+        builder = BatchBuilder(self.config.max_num_batched_tokens)
+        num_preemptions = self._counters.num_preemptions
+        self._schedule_running(builder)
+        if self._counters.num_preemptions == num_preemptions:
+            self._schedule_waiting(builder)
+        if builder.empty:
+            return None
+        self.batch = builder.build(self._counters.num_steps, *self.blocks.take_changes())
+        self._counters.num_steps += 1
+        num_tokens = self.config.max_num_batched_tokens - builder.budget
+        self._counters.num_scheduled_tokens += num_tokens
+        invariants.check_limits(self.config, num_tokens, len(self.running))
+        return self.batch
+
+    def _schedule_running(self, builder: BatchBuilder) -> None:
+        """The oldest first; who needs a block that is not there takes it from the newest."""
+        decodes, budget = builder.decodes, builder.budget
+        for sequence in tuple(self.running):
+            if budget == 0:
+                break
+            if sequence.status is not RUNNING:
+                continue
+            start = sequence.num_computed_tokens
+            num_tokens = len(sequence.token_ids) - start
+            if num_tokens == 1:
+                if start < sequence.block_table.capacity or self._make_room(sequence, start + 1):
+                    decodes.append(sequence)
+                    budget -= 1
+            else:
+                num_tokens = self._limit_chunk(start, num_tokens, budget)
+                if self._make_room(sequence, start + num_tokens):
+                    builder.add(sequence, num_tokens)
+                    budget -= num_tokens
+        builder.budget = budget
+
+    def _schedule_waiting(self, builder: BatchBuilder) -> None:
+        """Strictly in order: nobody overtakes the head of the queue."""
+        while self.waiting and builder.budget > 0:
+            sequence = self.waiting.head
+            if 1 + len(sequence.followers) > len(self.free_rows):
+                break
+            cached_block_ids = self.blocks.find_cached_prefix(sequence)
+            start = len(cached_block_ids) * self.config.block_size
+            num_tokens = self._limit_chunk(start, len(sequence.token_ids) - start, builder.budget)
+            if num_tokens == 0 or not self._has_room(sequence, cached_block_ids, start + num_tokens):
+                break
+            self.waiting.pop()
+            self._admit(sequence, cached_block_ids, num_tokens)
+            builder.add(sequence, num_tokens)
+            builder.budget -= num_tokens
+
+    def _limit_chunk(self, start: int, num_tokens: int, budget: int) -> int:
+        """How many of `num_tokens` tokens from `start` on to compute at once."""
+        if num_tokens > budget and not self.config.enable_chunked_prefill:
+            return 0
+        first_block = first_block_in_window(start, self.config.sliding_window, self.config.block_size)
+        end_of_pool = (first_block + self.config.num_usable_blocks) * self.config.block_size
+        return min(num_tokens, budget, end_of_pool - start)
+
+    def _has_room(self, sequence: Sequence, cached_block_ids: list[int], end: int) -> bool:
+        """Whether all its tokens fit now; with a sliding window, those up to `end`.
+
+        Every row in use must keep a block to grow into, or the newest would be preempted as soon as it has begun:
+        that is a fifth of the preemptions, or fewer, at no loss of speed (benchmarks/paging.py, "pressure").
+        """
+        num_tokens = len(sequence.token_ids) if self.config.sliding_window is None else end
+        num_blocks = self.blocks.num_blocks_to_start(cached_block_ids, num_tokens)
+        if self.running:
+            num_blocks += self.config.max_num_seqs - len(self.free_rows) + len(sequence.followers)
+        return num_blocks <= self.blocks.pool.num_free_blocks
+
+    def _admit(self, sequence: Sequence, cached_block_ids: list[int], num_tokens: int) -> None:
+        for member in (sequence, *sequence.followers):
+            member.row = self.free_rows.pop()
+        start = len(cached_block_ids) * self.config.block_size
+        self.blocks.start(sequence, cached_block_ids, start + num_tokens)
+        sequence.run()
+        insort(self.running, sequence, key=BY_ORDER)
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = start
+        if self.config.enable_prefix_caching:
+            self._counters.prefix_cache_queries += len(sequence.token_ids)
+            self._counters.prefix_cache_hits += start
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Give a running sequence blocks for its first `num_tokens` tokens; False if it cannot run in this step."""
+        if self.config.sliding_window is not None:
+            self.blocks.release_out_of_window(sequence)
+        num_missing, pool = sequence.block_table.num_missing_blocks(num_tokens), self.blocks.pool
+        while num_missing > pool.num_free_blocks:
+            victims = choose_victims(self.running, sequence, pool.ref_counts, self.max_preemptions)
+            for victim in victims:
+                self._preempt(victim)
+            if not victims or sequence in victims:
+                return False
+        if num_missing:
+            self.blocks.grow(sequence, num_missing)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the queue, followers and all, to be computed again; whatever is still cached then is found."""
+        self.running.remove(sequence)
+        self.free_rows += [member.row for member in (sequence, *sequence.followers)]
+        sequence.block_table.release()
+        sequence.num_computed_tokens = 0
+        sequence.num_preemptions += 1
+        sequence.status = WAITING
+        self.waiting.push(sequence)
+        self._counters.num_preemptions += 1
+
+    def update(self, batch: ScheduledBatch, sampled: SampledTokens) -> list[StepOutput]:
+        """Take in what a step computed; what was aborted since schedule() is passed over.
+
+        Only here do blocks become findable in the prefix cache: the step that wrote them has retired.
+        """
+        if batch is not self.batch:
+            raise RuntimeError("update() takes the batch that schedule() returned last.")
+        self.batch = None
+        if len(batch.sampling) < len(batch.sequences):
+            self._advance_chunks(batch)
+        outputs: list[StepOutput] = []
+        any_ended = False
+        sequences = batch.sequences
+        for index, token_id in zip(batch.sampling, sampled.token_ids, strict=True):
+            sequence = sequences[index]
+            if sequence.status is not RUNNING:
+                continue
+            if token_id is None:
+                outputs.append(self._fail(sequence))
+                any_ended = True
+                continue
+            token_ids = sequence.token_ids
+            end = len(token_ids)
+            token_ids.append(token_id)
+            finish_reason = stop_reason = None
+            if end >= sequence.next_review or token_id in sequence.stop_token_ids:
+                finish_reason, stop_reason = self._review(sequence, end)
+            sequence.num_computed_tokens = end
+            outputs.append(
+                StepOutput(
+                    sequence.request_id,
+                    sequence.choice_index,
+                    [token_id],
+                    finish_reason,
+                    stop_reason,
+                    sequence.num_cached_tokens,
+                )
+            )
+            if finish_reason is not None:
+                self._end_running(sequence)
+                any_ended = True
+        if any_ended:
+            self.running = [sequence for sequence in self.running if sequence.status is RUNNING]
+        self.blocks.pool.check_count()
+        return outputs
+
+    def _review(self, sequence: Sequence, end: int) -> tuple[FinishReason | None, int | None]:
+        """A block is full, the prompt is computed, or the sequence may be at its end: `end` tokens are computed now."""
+        self.blocks.cache_full_blocks(sequence, sequence.num_computed_tokens, end)
+        if sequence.followers:
+            self._fork_followers(sequence)
+        block_size = self.config.block_size
+        end_of_block, last = end - end % block_size + block_size, sequence.max_num_tokens - 1
+        sequence.next_review = end_of_block if end_of_block < last else last
+        return sequence.finish_reason()
+
+    def _fail(self, sequence: Sequence) -> StepOutput:
+        """The sequence's logits were not finite: what it has read or written is not to be found by others."""
+        self.blocks.distrust(sequence)
+        self._end_running(sequence)
+        return StepOutput(
+            sequence.request_id,
+            sequence.choice_index,
+            [],
+            FinishReason.ERROR,
+            num_cached_tokens=sequence.num_cached_tokens,
+        )
+
+    def _advance_chunks(self, batch: ScheduledBatch) -> None:
+        """The sequences of a batch that do not sample: their prompt is not computed to its end yet."""
+        sampling = set(batch.sampling)
+        for index, (sequence, num_tokens) in enumerate(zip(batch.sequences, batch.num_scheduled_tokens, strict=True)):
+            if index not in sampling and sequence.status is RUNNING:
+                start = sequence.num_computed_tokens
+                sequence.num_computed_tokens = start + num_tokens
+                self.blocks.cache_full_blocks(sequence, start, start + num_tokens)
+
+    def _fork_followers(self, leader: Sequence) -> None:
+        """The leader has computed the prompt: the others go on from there, as long as there are blocks for them."""
+        while leader.followers and self.blocks.pool.num_free_blocks > 0:
+            follower = leader.followers.pop(0)
+            follower.leader = None
+            follower.num_cached_tokens = leader.num_cached_tokens
+            follower.run()
+            self.blocks.fork(leader, follower)
+            insort(self.running, follower, key=BY_ORDER)
+        self._orphan_followers(leader)
+
+    def _orphan_followers(self, leader: Sequence) -> None:
+        """Nothing is left to fork from: the followers wait as a group of their own, led by the first of them."""
+        followers, leader.followers = leader.followers, []
+        if leader.status is RUNNING:
+            self.free_rows += [follower.row for follower in followers]
+        if followers:
+            self._enqueue_group(followers)
+
+    def _enqueue_group(self, sequences: list[Sequence]) -> None:
+        leader, *followers = sequences
+        leader.leader = None
+        leader.followers = followers
+        for follower in followers:
+            follower.leader = leader
+        self.waiting.push(leader)
+
+    def _abort_sequence(self, sequence: Sequence) -> None:
+        leader = sequence.leader
+        if leader is not None:
+            leader.followers.remove(sequence)
+            if leader.status is RUNNING:
+                self.free_rows.append(sequence.row)
+            self._forget(sequence)
+        elif sequence.status is WAITING:
+            self.waiting.remove(sequence)
+            self._orphan_followers(sequence)
+            self._forget(sequence)
+        else:
+            self.running.remove(sequence)
+            self._end_running(sequence)
+
+    def _end_running(self, sequence: Sequence) -> None:
+        """All that a running sequence holds goes back; the caller takes it out of `running`."""
+        self._orphan_followers(sequence)
+        self.free_rows.append(sequence.row)
+        sequence.block_table.release()
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        sequence.status = FINISHED
+        choices = self.live[sequence.request_id]
+        choices.remove(sequence)
+        self._num_live -= 1
+        if not choices:
+            del self.live[sequence.request_id]
+
+    def reset_prefix_cache(self) -> None:
+        """Nothing computed before is found again. Live sequences keep their blocks."""
+        self.blocks.prefix_cache.clear()
+
+    def stats(self) -> SchedulerStats:
+        pool = self.blocks.pool
+        num_running = self.config.max_num_seqs - len(self.free_rows)
+        return replace(
+            self._counters,
+            num_running=num_running,
+            num_waiting=self._num_live - num_running,
+            num_free_blocks=pool.num_free_blocks,
+            num_used_blocks=pool.num_used_blocks,
+        )
+
+    def check_integrity(self) -> None:
+        """Walk all bookkeeping; raises invariants.InvariantError."""
+        invariants.check_integrity(self)

@@ -1,0 +1,103 @@
+"""One choice of one request while it is live."""
+
+from __future__ import annotations
+
+from quire.scheduler.block_table import BlockTable
+from quire.scheduler.output import FinishReason
+from quire.scheduler.request import Request
+from quire.scheduler.status import RUNNING, WAITING
+
+
+class Sequence:
+    """Prompt and output of one choice, how far it is computed, and where.
+
+    The choices of a request with n > 1 are admitted together. The first is the leader; the others are its `followers`
+    and hold a row but no blocks, until the leader has computed the prompt and they fork its block table.
+    """
+
+    __slots__ = (
+        "block_keys",
+        "block_table",
+        "choice_index",
+        "followers",
+        "leader",
+        "max_num_tokens",
+        "next_review",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "order",
+        "request",
+        "request_id",
+        "row",
+        "status",
+        "stop_token_ids",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        request: Request,
+        choice_index: int,
+        *,
+        order: tuple[int, int, int],
+        max_num_tokens: int,
+        block_table: BlockTable,
+        block_keys: list[bytes],
+    ) -> None:
+        params = request.params
+        self.request = request
+        self.request_id = request.request_id
+        self.choice_index = choice_index
+        self.order = order
+        """(priority class, arrival, choice): the smallest runs first; unique."""
+        self.status = WAITING
+        self.row = 0
+        """Row of the engine's persistent tables; meaningful while running, and for followers of a running leader."""
+        self.token_ids = request.prompt_token_ids
+        """Prompt and output. The request's own list until the sequence runs for the first time."""
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_computed_tokens = 0
+        """Tokens whose keys and values are in the cache; the last known token is always still to be computed."""
+        self.num_cached_tokens = 0
+        """Prompt tokens found in the prefix cache at the first admission."""
+        self.num_preemptions = 0
+        self.block_table = block_table
+        self.block_keys = block_keys
+        """The prefix cache's root key and the keys of the leading full blocks, as far as they were needed."""
+        self.leader: Sequence | None = None
+        self.followers: list[Sequence] = []
+        self.max_num_tokens = max_num_tokens
+        self.next_review = 0
+        """Until so many tokens are computed, a new token needs no look at blocks, followers or length."""
+        self.stop_token_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            self.stop_token_ids |= frozenset(request.eos_token_ids)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Sequence {self.request_id}/{self.choice_index} {self.status.name.lower()} "
+            f"{self.num_computed_tokens} of {len(self.token_ids)} tokens, blocks {self.block_table.block_ids}>"
+        )
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def run(self) -> None:
+        """Now it has a row and blocks; from here on it appends to its own copy of the tokens."""
+        self.status = RUNNING
+        self.next_review = 0
+        if self.token_ids is self.request.prompt_token_ids:
+            self.token_ids = list(self.token_ids)
+
+    def finish_reason(self) -> tuple[FinishReason | None, int | None]:
+        """Whether the last token ends the sequence, and which stop token id it was (None for end-of-sequence)."""
+        token_id = self.token_ids[-1]
+        if token_id in self.stop_token_ids and self.num_output_tokens > self.request.params.min_tokens:
+            is_eos = not self.request.params.ignore_eos and token_id in self.request.eos_token_ids
+            return FinishReason.STOP, None if is_eos else token_id
+        if len(self.token_ids) >= self.max_num_tokens:
+            return FinishReason.LENGTH, None
+        return None, None

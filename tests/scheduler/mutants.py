@@ -1,0 +1,363 @@
+"""Faults to plant in the scheduler, each with the invariant that must notice it.
+
+A mutant is an edit of the source text of one function, so it cannot outlive the line it breaks: if the text is gone,
+its test fails and it has to be written anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import CodeType
+
+from quire.scheduler import admission, scheduler
+from quire.scheduler.block_manager import BlockManager
+from quire.scheduler.block_pool import BlockPool
+from quire.scheduler.block_table import BlockTable
+from quire.scheduler.prefix_cache import PrefixCache
+from quire.scheduler.request_queue import RequestQueue
+from quire.scheduler.scheduler import Scheduler
+from quire.scheduler.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Mutant:
+    invariant: str
+    fault: str
+    owner: object
+    """The class or module that holds the function."""
+    function: str
+    replacements: tuple[tuple[str, str], ...]
+
+    @contextlib.contextmanager
+    def planted(self) -> Iterator[None]:
+        function = getattr(self.owner, self.function)
+        source = textwrap.dedent(inspect.getsource(function))
+        for old, new in self.replacements:
+            if source.count(old) != 1:
+                raise LookupError(f"{self.function} has the text {old!r} {source.count(old)} times")
+            source = source.replace(old, new)
+        module_code = compile(source, f"<mutant: {self.fault}>", "exec")
+        original = function.__code__
+        function.__code__ = next(part for part in module_code.co_consts if isinstance(part, CodeType))
+        try:
+            yield
+        finally:
+            function.__code__ = original
+
+
+def mutant(invariant: str, fault: str, owner: object, function: str, *replacements: tuple[str, str]) -> Mutant:
+    return Mutant(invariant, fault, owner, function, replacements)
+
+
+MUTANTS = [
+    mutant(
+        "I1",
+        "entries outside the window are references",
+        BlockTable,
+        "adopt",
+        ("self.num_released += 1", "self.num_released += 1; self._pool.ref_counts[0] += 1"),
+    ),
+    mutant(
+        "I2",
+        "entries outside the window are released again",
+        BlockTable,
+        "release",
+        ("self.block_ids[self.num_released :]", "self.block_ids"),
+    ),
+    mutant(
+        "I3",
+        "an ended sequence keeps its blocks",
+        Scheduler,
+        "_end_running",
+        ("sequence.block_table.release()", "pass"),
+    ),
+    mutant("I3", "a released table is not emptied", BlockTable, "release", ("self.block_ids.clear()", "pass")),
+    mutant(
+        "I3",
+        "the source of a copy stays held",
+        BlockTable,
+        "take_copy",
+        ("self._pool.release((self.copy_source,))", "pass"),
+    ),
+    mutant(
+        "I3",
+        "a shared block is not counted",
+        BlockPool,
+        "share",
+        ("self.ref_counts[block_id] += 1", "self.ref_counts[block_id] = 1"),
+    ),
+    mutant("I4", "a revived block still counts as free", BlockPool, "share", ("self.num_free_blocks -= 1", "pass")),
+    mutant(
+        "I5",
+        "a block is free while one holder is left",
+        BlockPool,
+        "release",
+        ("if ref_count == 0:", "if ref_count <= 1:"),
+    ),
+    mutant(
+        "I5",
+        "a revived block stays in the free list",
+        BlockPool,
+        "share",
+        ("self._next[previous_free] = next_free", "pass"),
+        ("self._previous[next_free] = previous_free", "pass"),
+    ),
+    mutant(
+        "I6",
+        "eviction removes one side of the bijection",
+        PrefixCache,
+        "forget",
+        ("self._keys[block_id] = None", "pass"),
+    ),
+    mutant(
+        "I6", "a second block takes over a key", PrefixCache, "insert", ("if key not in self._block_ids:", "if True:")
+    ),
+    mutant(
+        "I6",
+        "a reset forgets only how to find blocks",
+        PrefixCache,
+        "clear",
+        ("self._keys = [None] * len(self._keys)", "pass"),
+    ),
+    mutant(
+        "I7",
+        "one new block is entered for all",
+        BlockTable,
+        "grow",
+        (
+            "    self._extend(block_ids)",
+            "    self._pool.release(block_ids[1:])\n    block_ids = block_ids[:1] * num_blocks\n"
+            "    [self._pool.share(block_id) for block_id in block_ids[1:]]\n    self._extend(block_ids)",
+        ),
+    ),
+    mutant(
+        "I8",
+        "one block too few is allocated",
+        BlockTable,
+        "num_missing_blocks",
+        ("(self.capacity - num_tokens)", "(self.capacity - num_tokens + 1)"),
+    ),
+    mutant(
+        "I8",
+        "the window lets go one token early",
+        BlockManager,
+        "release_out_of_window",
+        ("sequence.num_computed_tokens", "sequence.num_computed_tokens + 1"),
+    ),
+    mutant(
+        "I8",
+        "released entries keep their block ids",
+        BlockTable,
+        "release_before",
+        ("= [0] * len(released)", "= released"),
+    ),
+    mutant(
+        "I8",
+        "a hit ignores a hole in the window",
+        PrefixCache,
+        "_find_in_window",
+        ("if first_of_run <= first:", "if True:"),
+    ),
+    mutant(
+        "I9", "a chunk is computed and not counted", Scheduler, "_advance_chunks", ("= start + num_tokens", "= start")
+    ),
+    mutant(
+        "I10",
+        "a partial block is shared, not copied",
+        BlockTable,
+        "fork",
+        ("self.block_ids[:num_shared]", "self.block_ids[: -(-num_tokens // self._block_size)]"),
+        ("table.grow(1)", "num_tokens % self._block_size or table.grow(1)"),
+    ),
+    mutant(
+        "I10",
+        "blocks are cached before they are computed",
+        BlockManager,
+        "start",
+        (
+            "sequence.num_computed_tokens =",
+            "self.cache_full_blocks(sequence, 0, num_tokens); sequence.num_computed_tokens =",
+        ),
+    ),
+    mutant(
+        "I11",
+        "copies are not handed out",
+        BlockManager,
+        "take_changes",
+        ("return copies, updates", "return [], updates"),
+    ),
+    mutant(
+        "I11", "the engine is not told of a fork's table", BlockManager, "fork", ("self._log_table(follower)", "pass")
+    ),
+    mutant("I11", "the salt is missing from the key", PrefixCache, "root_key", ('("salt", salt)', '("salt", "")')),
+    mutant(
+        "I11",
+        "the block before is missing from the key",
+        PrefixCache,
+        "extend_keys",
+        ("BLOCK_DOMAIN, key, *", "BLOCK_DOMAIN, block_keys[0], *"),
+    ),
+    mutant(
+        "I12",
+        "a preempted sequence counts as computed",
+        Scheduler,
+        "_preempt",
+        ("sequence.num_computed_tokens = 0", "pass"),
+    ),
+    mutant("I13", "the rows of followers are lost", Scheduler, "_orphan_followers", ("self.free_rows += ", "_ = ")),
+    mutant(
+        "I13",
+        "a row is given back twice",
+        Scheduler,
+        "_end_running",
+        ("self.free_rows.append(sequence.row)", "self.free_rows += [sequence.row] * 2"),
+    ),
+    mutant(
+        "I14",
+        "admission does not use up the budget",
+        Scheduler,
+        "_schedule_waiting",
+        ("builder.budget -= num_tokens", "pass"),
+    ),
+    mutant(
+        "I15", "a preempted sequence stays in running", Scheduler, "_preempt", ("self.running.remove(sequence)", "pass")
+    ),
+    mutant(
+        "I15",
+        "followers are forgotten with their leader",
+        Scheduler,
+        "_orphan_followers",
+        ("self._enqueue_group(followers)", "pass"),
+    ),
+    mutant(
+        "I16",
+        "an aborted sequence still has output",
+        Scheduler,
+        "update",
+        ("if sequence.status is not RUNNING:", "if False:"),
+    ),
+    mutant(
+        "I17",
+        "nobody is ever preempted",
+        scheduler,
+        "choose_victims",
+        ("return [sequence]", "return []"),
+        ("return _holders_of_one_block(newest_first, ref_counts)", "return []"),
+    ),
+    mutant(
+        "I17",
+        "what can never fit is admitted",
+        admission,
+        "_pool_limit",
+        ("config.max_pool_tokens + 1", "config.max_pool_tokens + 99"),
+    ),
+    mutant(
+        "I17",
+        "the whole prompt is taken from the cache",
+        BlockManager,
+        "find_cached_prefix",
+        ("(len(sequence.token_ids) - 1)", "len(sequence.token_ids)"),
+    ),
+    mutant(
+        "I17",
+        "a group waits for more rows than there are",
+        Scheduler,
+        "_schedule_waiting",
+        ("1 + len(sequence.followers)", "2 + len(sequence.followers)"),
+    ),
+    mutant(
+        "I18",
+        "the preempted go to the end of the queue",
+        RequestQueue,
+        "push",
+        ("insort(self._sequences, sequence, key=BY_ORDER)", "self._sequences.append(sequence)"),
+    ),
+    mutant(
+        "I18",
+        "the newest overtakes the head of the queue",
+        Scheduler,
+        "_schedule_waiting",
+        ("sequence = self.waiting.head", "sequence = list(self.waiting)[-1]"),
+        ("self.waiting.pop()", "self.waiting.remove(sequence)"),
+    ),
+    mutant(
+        "I19",
+        "the oldest can be a victim",
+        scheduler,
+        "choose_victims",
+        ("running[max(running.index(requester), 1) :]", "running[:1]"),
+    ),
+    mutant(
+        "I20",
+        "the last row is not given back",
+        Scheduler,
+        "_end_running",
+        ("self.free_rows.append(sequence.row)", "self.free_rows += [sequence.row] if len(self.live) > 1 else []"),
+    ),
+    mutant(
+        "I21",
+        "the most recently freed block is evicted",
+        BlockPool,
+        "allocate",
+        ("block_id = next_free[NULL_BLOCK]", "block_id = self._previous[NULL_BLOCK]"),
+    ),
+    mutant(
+        "I23",
+        "a fork takes over the whole prompt",
+        BlockManager,
+        "fork",
+        ("leader.num_prompt_tokens - 1", "leader.num_prompt_tokens"),
+    ),
+    mutant(
+        "I24",
+        "a block is cached under its parent's key",
+        BlockManager,
+        "cache_full_blocks",
+        ("insert(block_keys[index + 1]", "insert(block_keys[index]"),
+    ),
+    mutant(
+        "I25",
+        "min_tokens is not heeded",
+        Sequence,
+        "finish_reason",
+        ("self.num_output_tokens > self.request.params.min_tokens", "True"),
+    ),
+    mutant(
+        "I25",
+        "the last token is cut off",
+        Sequence,
+        "finish_reason",
+        (">= self.max_num_tokens", ">= self.max_num_tokens - 1"),
+    ),
+    mutant(
+        "I25",
+        "a resumed sequence has lost a token",
+        Scheduler,
+        "_preempt",
+        (
+            "sequence.num_computed_tokens = 0",
+            "sequence.num_computed_tokens = 0; sequence.num_output_tokens > 1 and sequence.token_ids.pop()",
+        ),
+    ),
+    mutant(
+        "I26",
+        "a failed step's blocks are cached",
+        Scheduler,
+        "_fail",
+        (
+            "self.blocks.distrust(sequence)",
+            "self.blocks.cache_full_blocks(sequence, sequence.num_computed_tokens, len(sequence.token_ids))",
+        ),
+    ),
+    mutant(
+        "I28",
+        "a fork shares blocks in another order",
+        BlockTable,
+        "fork",
+        ("self.block_ids[:num_shared]", "self.block_ids[:num_shared][::-1]"),
+    ),
+]

@@ -1,0 +1,128 @@
+"""Pages that hold fingerprints instead of keys and values, and a model that reads nothing but them.
+
+The content of a slot is a function of the salt and of all tokens up to its position. The model computes the content of
+a new token from the page slot before it, and the next token from all slots in the window: so whatever goes wrong with
+pages changes tokens, and is also seen directly.
+"""
+
+from __future__ import annotations
+
+from zlib import crc32
+
+from quire.config import SchedulerConfig
+from quire.scheduler.invariants import InvariantError
+from quire.scheduler.output import FinishReason, ScheduledBatch
+from quire.scheduler.request import Request
+from quire.scheduler.sequence import Sequence
+
+UNWRITTEN = -3
+POISON = -5
+
+
+def root_fingerprint(request: Request) -> int:
+    return crc32(request.cache_salt.encode())
+
+
+def fingerprint(previous: int, token_id: int) -> int:
+    return hash((previous, token_id))
+
+
+def next_token(visible: list[int], request: Request, choice_index: int, vocab_size: int) -> int:
+    return hash((hash(tuple(visible)), request.seed, choice_index)) % vocab_size
+
+
+class GhostModel:
+    """Runs batches the way the engine does: through its own copy of the block tables, kept up by the updates."""
+
+    def __init__(self, config: SchedulerConfig, vocab_size: int) -> None:
+        self.pages = [[UNWRITTEN] * config.block_size for _ in range(config.num_blocks)]
+        self.written_by: list[str | None] = [None] * config.num_blocks
+        self._rows: list[list[int]] = [[] for _ in range(config.max_num_seqs)]
+        self._block_size = config.block_size
+        self._window = config.sliding_window
+        self._vocab_size = vocab_size
+        self._expected: dict[Sequence, list[int]] = {}
+
+    def scramble(self, block_id: int) -> None:
+        """A block that is handed out anew holds nothing that may be read."""
+        self.pages[block_id] = [UNWRITTEN] * self._block_size
+        self.written_by[block_id] = None
+
+    def forward(self, batch: ScheduledBatch, poisoned: Sequence | None) -> list[int | None]:
+        """Copy, write, read, sample: one entry for each of `batch.sampling`; None for `poisoned`."""
+        for update in batch.block_table_updates:
+            row = self._rows[update.row]
+            row[update.start : update.start + len(update.block_ids)] = update.block_ids
+        for source, target in batch.block_copies:
+            self.pages[target] = self.pages[source][:]
+        sampling = set(batch.sampling)
+        sampled: list[int | None] = []
+        for index, (sequence, num_tokens) in enumerate(zip(batch.sequences, batch.num_scheduled_tokens, strict=True)):
+            visible = self._compute(sequence, num_tokens, sequence is poisoned)
+            if index in sampling:
+                token_id = next_token(visible, sequence.request, sequence.choice_index, self._vocab_size)
+                sampled.append(None if sequence is poisoned else token_id)
+        return sampled
+
+    def forget(self, sequence: Sequence) -> None:
+        self._expected.pop(sequence, None)
+
+    def _compute(self, sequence: Sequence, num_tokens: int, poisoned: bool) -> list[int]:
+        """Write the next slots; what the last of them sees."""
+        block_size, pages, token_ids = self._block_size, self.pages, sequence.token_ids
+        start = sequence.num_computed_tokens
+        end = start + num_tokens
+        table = sequence.block_table
+        block_ids = self._rows[sequence.row][: -(-end // block_size)]
+        if block_ids != table.block_ids[: len(block_ids)]:
+            raise InvariantError("I11", f"the engine's row is {block_ids}: {sequence}")
+        content: list[int] = []
+        for block_id in block_ids:
+            content += pages[block_id]
+        expected = self._expect(sequence)
+        held_from = table.num_released * block_size
+        if content[held_from:start] != expected[held_from:start]:
+            name = "I26" if POISON in content[held_from:start] else "I11"
+            raise InvariantError(name, f"pages hold something else than the tokens' content: {sequence}")
+        previous = content[start - 1] if start else root_fingerprint(sequence.request)
+        for position in range(start, end):
+            previous = POISON if poisoned else fingerprint(previous, token_ids[position])
+            block_id = block_ids[position // block_size]
+            pages[block_id][position % block_size] = content[position] = previous
+            self.written_by[block_id] = sequence.request_id
+        return content[0 if self._window is None else max(0, end - self._window) : end]
+
+    def _expect(self, sequence: Sequence) -> list[int]:
+        expected = self._expected.get(sequence)
+        if expected is None:
+            expected = self._expected[sequence] = []
+        previous = expected[-1] if expected else root_fingerprint(sequence.request)
+        for token_id in sequence.token_ids[len(expected) :]:
+            previous = fingerprint(previous, token_id)
+            expected.append(previous)
+        return expected
+
+
+def oracle(
+    request: Request, choice_index: int, max_num_tokens: int, window: int | None, vocab_size: int
+) -> tuple[list[int], FinishReason, int | None]:
+    """What the model says when each request has the machine to itself and nothing is ever cached: (tokens, end)."""
+    params = request.params
+    content: list[int] = []
+    previous = root_fingerprint(request)
+    for token_id in request.prompt_token_ids:
+        previous = fingerprint(previous, token_id)
+        content.append(previous)
+    output: list[int] = []
+    while True:
+        visible = content if window is None else content[-window:]
+        token_id = next_token(visible, request, choice_index, vocab_size)
+        output.append(token_id)
+        if len(output) > params.min_tokens:
+            if token_id in request.eos_token_ids and not params.ignore_eos:
+                return output, FinishReason.STOP, None
+            if token_id in params.stop_token_ids:
+                return output, FinishReason.STOP, token_id
+        if len(content) + 1 == max_num_tokens:
+            return output, FinishReason.LENGTH, None
+        content.append(fingerprint(content[-1], token_id))

@@ -1,0 +1,47 @@
+"""One seed: draw a swarm and drive the world through it."""
+
+from __future__ import annotations
+
+import random
+
+from quire.scheduler.output import ScheduledBatch
+from quire.scheduler.sequence import Sequence
+from simulation.workload import draw_request, draw_swarm
+from simulation.world import World
+
+
+class Simulation:
+    """Deterministic in (seed, number of steps)."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)
+        self.swarm = draw_swarm(self.rng)
+        self.world = World(self.swarm.config, self.swarm.vocab_size, self.swarm.max_preemptions)
+        self.num_requests = 0
+
+    def run(self, num_steps: int) -> None:
+        """`num_steps` steps with all events, then only steps until everything has ended."""
+        for _ in range(num_steps):
+            self.disturb("between steps")
+            self.world.step(self.poison, self.disturb_in_flight)
+        self.world.drain()
+
+    def disturb(self, moment: str) -> None:
+        """Submissions, aborts and cache resets: the same at every moment."""
+        rng, swarm, world = self.rng, self.swarm, self.world
+        while len(world.open) < swarm.max_live and rng.random() < swarm.submit:
+            world.submit(draw_request(rng, swarm, str(self.num_requests)))
+            self.num_requests += 1
+        if world.open and rng.random() < swarm.abort:
+            request_id, choice_index = rng.choice(list(world.open))
+            world.abort(request_id, choice_index if rng.random() < 0.5 else None, moment)
+        if rng.random() < swarm.reset:
+            world.reset_prefix_cache()
+
+    def disturb_in_flight(self) -> None:
+        self.disturb("in flight")
+
+    def poison(self, batch: ScheduledBatch) -> Sequence | None:
+        if batch.sampling and self.rng.random() < self.swarm.poison:
+            return batch.sequences[self.rng.choice(batch.sampling)]
+        return None

@@ -1,0 +1,95 @@
+"""The scheduler with eyes on it: what is only visible at the moment it happens."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from quire.config import SchedulerConfig
+from quire.scheduler.block_pool import BlockPool
+from quire.scheduler.invariants import InvariantError
+from quire.scheduler.scheduler import Scheduler
+from quire.scheduler.sequence import Sequence
+from simulation.ghost import GhostModel
+
+
+class WatchedPool(BlockPool):
+    """Keeps the LRU order a second time, by time of release (I21), and scrambles what is handed out."""
+
+    __slots__ = ("_ghost", "_released", "marks")
+
+    def __init__(self, pool: BlockPool, ghost: GhostModel, marks: Counter[str]) -> None:
+        super().__init__(pool.num_blocks, pool._prefix_cache)
+        self._ghost = ghost
+        self._released = dict.fromkeys(range(1, pool.num_blocks))
+        self.marks = marks
+
+    def allocate(self, num_blocks: int) -> list[int]:
+        oldest = [block_id for block_id, _ in zip(self._released, range(num_blocks), strict=False)]
+        self.marks["eviction"] += sum(self._prefix_cache.key_of(block_id) is not None for block_id in oldest)
+        block_ids = super().allocate(num_blocks)
+        if block_ids != oldest:
+            raise InvariantError("I21", f"blocks {block_ids} are evicted, {oldest} are the least recently used")
+        for block_id in block_ids:
+            del self._released[block_id]
+            self._ghost.scramble(block_id)
+        return block_ids
+
+    def share(self, block_id: int) -> None:
+        super().share(block_id)
+        self._released.pop(block_id, None)
+
+    def release(self, block_ids) -> None:
+        block_ids = list(block_ids)
+        super().release(block_ids)
+        for block_id in block_ids:
+            if self.ref_counts[block_id] == 0:
+                self._released[block_id] = None
+
+
+class WatchedScheduler(Scheduler):
+    """Checks every victim (I19) and counts what happens, so that a run can say what it has covered."""
+
+    def __init__(self, config: SchedulerConfig, max_preemptions: int, ghost: GhostModel) -> None:
+        super().__init__(config, max_preemptions=max_preemptions)
+        self.marks: Counter[str] = Counter()
+        self.blocks.pool = WatchedPool(self.blocks.pool, ghost, self.marks)
+        self._freed_nothing: list[set[int]] = []
+
+    def schedule(self):
+        batch = super().schedule()
+        if self._freed_nothing:
+            raise InvariantError("I19", "victims were preempted and no block came free")
+        return batch
+
+    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        num_preemptions = self._counters.num_preemptions
+        done = super()._make_room(sequence, num_tokens)
+        if not done and self._counters.num_preemptions == num_preemptions:
+            self.marks["sits out a step"] += 1
+        return done
+
+    def _fork_followers(self, leader: Sequence) -> None:
+        num_followers, num_running = len(leader.followers), len(self.running)
+        super()._fork_followers(leader)
+        num_forked = len(self.running) - num_running
+        self.marks["fork"] += num_forked
+        self.marks["no block left to fork into"] += num_followers - num_forked
+
+    def _preempt(self, sequence: Sequence) -> None:
+        if sequence is self.running[0]:
+            raise InvariantError("I19", f"the oldest is preempted: {sequence}")
+        marks, ref_counts = self.marks, self.blocks.pool.ref_counts
+        marks["preemption"] += 1
+        marks["preemption of a leader with followers"] += bool(sequence.followers)
+        marks["preemption of a pinned sequence"] += sequence.num_preemptions >= self.max_preemptions
+        held = set(sequence.block_table.held_block_ids())
+        marks["preemption of shared blocks"] += any(ref_counts[block_id] > 1 for block_id in held)
+        super()._preempt(sequence)
+        freed = {block_id for block_id in held if ref_counts[block_id] == 0}
+        if not freed:
+            self._freed_nothing.append(held)
+            return
+        if any(not group & freed for group in self._freed_nothing):
+            raise InvariantError("I19", f"a victim gave nothing: blocks {self._freed_nothing}, then {freed}")
+        marks["group of victims"] += bool(self._freed_nothing)
+        self._freed_nothing.clear()

@@ -1,0 +1,212 @@
+"""A scheduler, the ghost model it drives, and what the outside has been told: everything is checked at every step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from quire.config import SchedulerConfig
+from quire.scheduler import invariants
+from quire.scheduler.invariants import InvariantError
+from quire.scheduler.output import FinishReason, SampledTokens, ScheduledBatch, StepOutput
+from quire.scheduler.preemption import MAX_PREEMPTIONS
+from quire.scheduler.request import AdmissionError, Request
+from quire.scheduler.sequence import Sequence
+from quire.scheduler.status import FINISHED, RUNNING
+from simulation.ghost import POISON, GhostModel, oracle
+from simulation.watched import WatchedScheduler
+
+KEYS_EVERY = 16
+"""Steps between two recomputations of all keys; all other checks run at every step."""
+
+
+@dataclass(slots=True)
+class Choice:
+    """What the outside has been told of one choice of one request."""
+
+    request: Request
+    sequence: Sequence
+    token_ids: list[int]
+
+
+class World:
+    """`marks` counts what has happened, so that a run can show that it was worth something."""
+
+    def __init__(self, config: SchedulerConfig, vocab_size: int, max_preemptions: int = MAX_PREEMPTIONS) -> None:
+        self.config = config
+        self.vocab_size = vocab_size
+        self.ghost = GhostModel(config, vocab_size)
+        self.scheduler = WatchedScheduler(config, max_preemptions, self.ghost)
+        self.marks: Counter[str] = self.scheduler.marks
+        self.open: dict[tuple[str, int], Choice] = {}
+        """Choices that have had no end yet: neither finished nor aborted."""
+        self.num_steps = 0
+        self.max_preemptions_seen = 0
+        self._progress: dict[Sequence, tuple[int, int]] = {}
+        self._content_of_key: dict[bytes, int] = {}
+        self._key_of_content: dict[int, bytes] = {}
+
+    def submit(self, request: Request) -> None:
+        try:
+            self.scheduler.add(request)
+        except AdmissionError as error:
+            self.marks[f"refused: {error.code}"] += 1
+            return
+        for sequence in self.scheduler.live[request.request_id]:
+            self.open[request.request_id, sequence.choice_index] = Choice(request, sequence, [])
+
+    def abort(self, request_id: str, choice_index: int | None, moment: str) -> None:
+        """Abort what is open, twice: the second time it is no longer known."""
+        ended = [key for key in self.open if key[0] == request_id and choice_index in (None, key[1])]
+        for key in ended:
+            self._mark_abort(self.open[key].sequence, moment)
+        self.scheduler.abort(request_id, choice_index)
+        for key in ended:
+            self._end(key)
+        self.scheduler.abort(request_id, choice_index)
+
+    def reset_prefix_cache(self) -> None:
+        self.marks["cache reset"] += 1
+        self.scheduler.reset_prefix_cache()
+
+    def step(
+        self,
+        poison: Callable[[ScheduledBatch], Sequence | None] = lambda batch: None,
+        in_flight: Callable[[], None] = lambda: None,
+    ) -> None:
+        """One step with all checks.
+
+        Args:
+            poison: names a sampling sequence of the batch whose values are not to be finite.
+            in_flight: what happens between schedule() and update().
+        """
+        scheduler = self.scheduler
+        batch = scheduler.schedule()
+        if batch is None:
+            if self.open:
+                raise InvariantError("I17", "there is work and nothing is scheduled")
+            return
+        self.num_steps += 1
+        self._check_scheduled(batch)
+        poisoned = poison(batch)
+        sampled = self.ghost.forward(batch, poisoned)
+        progress = [
+            (sequence, (sequence.num_computed_tokens + num_tokens, sequence.num_preemptions))
+            for sequence, num_tokens in zip(batch.sequences, batch.num_scheduled_tokens, strict=True)
+        ]
+        in_flight()
+        outputs = scheduler.update(batch, SampledTokens(sampled))
+        self._take(outputs, poisoned)
+        self._progress.update((sequence, done) for sequence, done in progress if sequence.status is RUNNING)
+        invariants.check_pool(scheduler)
+        self._check_cached_content()
+
+    def drain(self) -> None:
+        """Nothing more is submitted: everything must end (I17)."""
+        bound = 16 + sum(
+            choice.sequence.max_num_tokens * (2 + choice.sequence.num_preemptions) for choice in self.open.values()
+        )
+        while self.open:
+            if bound == 0:
+                raise InvariantError("I17", f"{len(self.open)} choices have not ended")
+            self.step()
+            bound -= 1
+        invariants.check_integrity(self.scheduler)
+
+    def _check_scheduled(self, batch: ScheduledBatch) -> None:
+        scheduler = self.scheduler
+        invariants.check_sequences(scheduler)
+        invariants.check_queues(scheduler)
+        invariants.check_prefix_cache(scheduler)
+        if self.num_steps % KEYS_EVERY == 0:
+            invariants.check_keys(scheduler)
+        num_live = sum(map(len, scheduler.live.values()))
+        if num_live != len(self.open):
+            raise InvariantError("I16", f"{num_live} choices are live, {len(self.open)} should be")
+        invariants.check_batch(scheduler, batch)
+        self.marks["copy of a partial block"] += len(batch.block_copies)
+        self.marks["chunk"] += len(batch.sampling) < len(batch.sequences)
+        first_waiting = scheduler.waiting.head.order if scheduler.waiting else None
+        for sequence in batch.sequences:
+            done = self._progress.get(sequence)
+            if done != (sequence.num_computed_tokens, sequence.num_preemptions):
+                self._check_start(sequence, done, first_waiting)
+
+    def _check_start(
+        self, sequence: Sequence, done: tuple[int, int] | None, first_waiting: tuple[int, int, int] | None
+    ) -> None:
+        """A sequence that is not where the last step left it: admitted, forked, or back after a preemption."""
+        computed, num_preemptions = sequence.num_computed_tokens, sequence.num_preemptions
+        if done is not None and num_preemptions <= done[1]:
+            raise InvariantError("I9", f"{done} were computed: {sequence}")
+        self.max_preemptions_seen = max(self.max_preemptions_seen, num_preemptions)
+        is_fork = sequence.choice_index > 0 and computed == sequence.num_prompt_tokens - 1
+        if first_waiting is not None and first_waiting < sequence.order and not is_fork:
+            raise InvariantError("I18", f"overtook the head of the queue: {sequence}")
+        marks, table = self.marks, sequence.block_table
+        if computed % self.config.block_size:
+            marks["fork with a partial block"] += 1
+        elif computed:
+            marks["hit"] += 1
+            first = table.block_ids[table.num_released]
+            marks["hit on another request's block"] += self.ghost.written_by[first] != sequence.request_id
+            marks["hit after a preemption"] += num_preemptions > 0
+            marks["hit behind the window"] += table.num_released > 0
+
+    def _take(self, outputs: list[StepOutput], poisoned: Sequence | None) -> None:
+        for output in outputs:
+            key = (output.request_id, output.choice_index)
+            choice = self.open.get(key)
+            if choice is None:
+                raise InvariantError("I16", f"output for {key}, which has ended")
+            choice.token_ids += output.token_ids
+            if output.finish_reason is not None:
+                self._end(key)
+                self.marks[f"finish: {output.finish_reason.value}"] += 1
+                self._compare(choice, output, choice.sequence is poisoned)
+
+    def _compare(self, choice: Choice, output: StepOutput, poisoned: bool) -> None:
+        """The differential oracle, I25: what the request alone, without a cache, would have been told."""
+        token_ids, finish_reason, stop_reason = oracle(
+            choice.request,
+            output.choice_index,
+            choice.sequence.max_num_tokens,
+            self.config.sliding_window,
+            self.vocab_size,
+        )
+        if poisoned:
+            finish_reason, stop_reason, token_ids = FinishReason.ERROR, None, token_ids[: len(choice.token_ids)]
+        told = (choice.token_ids, output.finish_reason, output.stop_reason)
+        if told != (token_ids, finish_reason, stop_reason):
+            raise InvariantError("I25", f"{told} instead of {token_ids}, {finish_reason}, {stop_reason}")
+
+    def _end(self, key: tuple[str, int]) -> None:
+        sequence = self.open.pop(key).sequence
+        self._progress.pop(sequence, None)
+        self.ghost.forget(sequence)
+        if sequence.status is not FINISHED:
+            raise InvariantError("I16", f"has ended: {sequence}")
+        if sequence.block_table.held_block_ids():
+            raise InvariantError("I3", f"has ended and holds blocks: {sequence}")
+
+    def _mark_abort(self, sequence: Sequence, moment: str) -> None:
+        if sequence.leader is not None:
+            where = "a follower"
+        elif sequence.followers:
+            where = "a leader"
+        else:
+            where = "running" if sequence.status is RUNNING else "waiting"
+        self.marks[f"abort of {where} {moment}"] += 1
+
+    def _check_cached_content(self) -> None:
+        """I24 and I26: a key stands for one content, a content for one key, and the block still holds it."""
+        pages, content_of_key = self.ghost.pages, self._content_of_key
+        for key, block_id in self.scheduler.blocks.prefix_cache.items():
+            content = pages[block_id][-1]
+            if content_of_key.get(key) != content:
+                if content == POISON:
+                    raise InvariantError("I26", f"block {block_id} was written by a failed step and is cached")
+                if key in content_of_key or self._key_of_content.setdefault(content, key) != key:
+                    raise InvariantError("I24", f"block {block_id} is cached, but holds something else")
+                content_of_key[key] = content
