@@ -1,0 +1,97 @@
+"""Attention over the paged KV-cache."""
+
+from __future__ import annotations
+
+import torch
+
+from quire.kernels.kv_write import kv_write
+from quire.kernels.paged_decode import paged_decode
+from quire.kernels.paged_prefill import paged_prefill
+from quire.kernels.rope import rope
+from quire.models.config import ModelConfig
+from quire.models.forward_batch import ForwardBatch
+from quire.models.layers.linear import fused_linear, linear
+from quire.models.layers.norm import RMSNorm
+from quire.models.weights import Weights
+
+KVCache = tuple[torch.Tensor, torch.Tensor]
+"""k_cache and v_cache of one layer, each [num_blocks, num_kv_heads, block_size, head_dim]."""
+
+
+class PagedAttention:
+    """Writes the step's keys and values into their slots, then lets every query see its own sequence up to itself."""
+
+    def __init__(self, config: ModelConfig, sliding_window: int | None) -> None:
+        self._scale = config.head_dim**-0.5
+        self._sliding_window = sliding_window
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: ForwardBatch, cache: KVCache
+    ) -> torch.Tensor:
+        """From query [T, Hq, D], key and value [T, Hk, D] to [T, Hq * D]."""
+        kv_write(key, value, *cache, batch.slot_mapping)
+        out = query.new_empty(query.shape)
+        num_decodes = batch.num_decodes  # each of one token: rows of `query` and of the block tables alike
+        if num_decodes:
+            paged_decode(
+                query[:num_decodes],
+                *cache,
+                batch.block_tables[:num_decodes],
+                batch.seq_lens[:num_decodes],
+                self._scale,
+                self._sliding_window,
+                out[:num_decodes],
+            )
+        if num_decodes < len(batch.seq_lens):
+            paged_prefill(
+                query[num_decodes:],
+                *cache,
+                batch.block_tables[num_decodes:],
+                batch.seq_lens[num_decodes:],
+                batch.query_start[num_decodes:] - num_decodes,
+                self._scale,
+                batch.max_query_len,
+                self._sliding_window,
+                out[num_decodes:],
+            )
+        return out.flatten(1)
+
+
+class RotaryAttention:
+    """Self-attention with rotary positions and grouped queries, as Llama has it.
+
+    Args:
+        cos_sin: [max_positions, rotary_dim] float32, shared by all layers.
+        qk_norm: RMS norm of each head's query and key before they are rotated.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        name: str,
+        cos_sin: torch.Tensor,
+        *,
+        sliding_window: int | None = None,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        qk_norm: bool = False,
+    ) -> None:
+        dim = config.head_dim
+        self._heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        self._head_dim = dim
+        rows = {f"{name}.{part}_proj": num * dim for part, num in zip("qkv", self._heads, strict=True)}
+        self._qkv = fused_linear(weights, rows, config.hidden_size, bias=qkv_bias)
+        self._out = linear(weights, f"{name}.o_proj", config.num_heads * dim, config.hidden_size, bias=out_bias)
+        self._query_norm = RMSNorm(weights, f"{name}.q_norm", dim, config.norm_eps) if qk_norm else None
+        self._key_norm = RMSNorm(weights, f"{name}.k_norm", dim, config.norm_eps) if qk_norm else None
+        self._cos_sin = cos_sin
+        self._attention = PagedAttention(config, sliding_window)
+
+    def __call__(self, hidden: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
+        heads = self._qkv(hidden).unflatten(-1, (-1, self._head_dim))  # [T, Hq + 2 Hk, D]
+        query, key, value = heads.split(self._heads, dim=1)
+        if self._query_norm is not None and self._key_norm is not None:
+            query, key = self._query_norm(query), self._key_norm(key)
+        rope(query, key, batch.positions, self._cos_sin)
+        return self._out(self._attention(query, key, value, batch, cache))

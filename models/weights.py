@@ -1,0 +1,176 @@
+"""The tensors of a checkpoint, taken by name."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from quire.config import ConfigError
+from quire.models.json_fields import JsonFields
+from quire.models.safetensors_file import TensorEntry, read_entries
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+CHUNK_BYTES = 8 * 2**20
+
+_SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
+_TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+class Weights:
+    """Tensors by name, in one dtype and on one device; each is taken once.
+
+    A tensor is read through a buffer of CHUNK_BYTES into the memory it will stay in, so loading takes one copy of the
+    weights and little more, whatever the dtype on disk.
+
+    Args:
+        progress: called with (bytes of the files read so far, bytes in all).
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[str, TensorEntry],
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self.dtype = dtype
+        self.device = device
+        self.num_bytes = 0
+        """Bytes of all tensors handed out."""
+        self._entries = dict(entries)
+        self._progress = progress
+        self._total = sum(entry.num_bytes for entry in entries.values())
+        self._done = 0
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def remaining(self) -> set[str]:
+        """Names of the tensors that were not taken."""
+        return set(self._entries)
+
+    def tensor(self, name: str, *shape: int) -> torch.Tensor:
+        """Take a tensor; raise ConfigError if there is none of this name and shape."""
+        return self.stacked({name: shape[0]}, *shape[1:])
+
+    def stacked(self, rows: Mapping[str, int], *trailing: int) -> torch.Tensor:
+        """Take tensors [rows[name], *trailing], one below the other in one tensor [sum of rows, *trailing]."""
+        entries = [self._take(name, (num_rows, *trailing)) for name, num_rows in rows.items()]
+        out = torch.empty((sum(rows.values()), *trailing), dtype=self.dtype, device=self.device)
+        for entry, part in zip(entries, out.split(list(rows.values())), strict=True):
+            self._read(entry, part)
+        self.num_bytes += out.nbytes
+        return out
+
+    def transposed(self, name: str, rows: int, columns: int) -> torch.Tensor:
+        """Take a tensor that is stored as [columns, rows], as a contiguous [rows, columns]."""
+        stored = self.tensor(name, columns, rows)
+        return stored.t().contiguous()
+
+    def skip_copy(self, name: str, tensor: torch.Tensor) -> None:
+        """Take a tensor that only repeats `tensor`, if it is there at all; raise ConfigError if it differs."""
+        if name not in self._entries:
+            return
+        entry = self._take(name, tuple(tensor.shape))
+        flat = tensor.view(-1)
+        for start, values in self._chunks(entry):
+            if not torch.equal(values.to(self.dtype), flat[start : start + len(values)].cpu()):
+                raise ConfigError(
+                    f"{entry.path}: {name!r} is not the tensor it is tied to; "
+                    "set 'tie_word_embeddings' to false in config.json."
+                )
+
+    def _take(self, name: str, shape: tuple[int, ...]) -> TensorEntry:
+        entry = self._entries.pop(name, None)
+        if entry is None:
+            raise ConfigError(
+                f"Tensor {name!r} is missing; the checkpoint is incomplete or config.json describes another model."
+            )
+        if entry.shape != shape:
+            raise ConfigError(f"{entry.path}: tensor {name!r} has shape {entry.shape}, config.json asks for {shape}.")
+        if entry.dtype not in _TORCH_DTYPES:
+            raise ConfigError(
+                f"{entry.path}: tensor {name!r} is {entry.dtype}; quantized checkpoints are not supported, "
+                "use the float16 or bfloat16 one."
+            )
+        return entry
+
+    def _read(self, entry: TensorEntry, out: torch.Tensor) -> None:
+        """Fill `out`, contiguous and of as many elements as the entry."""
+        flat = out.view(-1)
+        for start, values in self._chunks(entry):
+            flat[start : start + len(values)].copy_(values)
+
+    def _chunks(self, entry: TensorEntry) -> Iterator[tuple[int, torch.Tensor]]:
+        """(index of the first, elements as stored) piece by piece; a piece is valid until the next is asked for."""
+        dtype = _TORCH_DTYPES[entry.dtype]
+        num_elements = math.prod(entry.shape)
+        buffer = torch.empty(min(num_elements, CHUNK_BYTES // dtype.itemsize), dtype=dtype)
+        try:
+            with entry.path.open("rb", buffering=0) as file:
+                file.seek(entry.start)
+                for start in range(0, num_elements, max(1, len(buffer))):
+                    values = buffer[: num_elements - start]
+                    _fill(values.view(torch.uint8).numpy().data, file.readinto, entry.path)
+                    yield start, values
+                    self._done += values.nbytes
+                    self._progress(self._done, self._total)
+        except OSError as error:
+            raise ConfigError(f"{entry.path} cannot be read: {error.strerror}.") from error
+
+
+def _fill(target: memoryview, readinto: Callable[[memoryview], int | None], path: Path) -> None:
+    while target:
+        count = readinto(target)
+        if not count:
+            raise ConfigError(f"{path} became shorter while it was read; download it again.")
+        target = target[count:]
+
+
+def find_entries(directory: Path) -> dict[str, TensorEntry]:
+    """All tensors of the checkpoint: of model.safetensors, or of the shards that model.safetensors.index.json names.
+
+    Files may be symbolic links, as in the hub's cache; names in the index that would leave the directory are refused.
+
+    Raises:
+        ConfigError: there is neither file, or one is damaged, or index and shards do not agree.
+    """
+    if (directory / SINGLE_FILE).is_file():
+        return read_entries(directory / SINGLE_FILE)
+    if not (directory / INDEX_FILE).is_file():
+        raise _no_weights(directory)
+    index = JsonFields.read(directory / INDEX_FILE).optional_object("weight_map") or JsonFields("", {})
+    shards = {name: _shard_name(directory, index.raw(name)) for name in index.names()}
+    entries: dict[str, TensorEntry] = {}
+    for shard in sorted(set(shards.values())):
+        for name, entry in read_entries(directory / shard).items():
+            if shards.get(name) != shard:
+                raise ConfigError(f"{directory / shard} holds {name[:80]!r}, which {INDEX_FILE} does not list there.")
+            entries[name] = entry
+    absent = sorted(shards.keys() - entries.keys())
+    if absent:
+        raise ConfigError(f"{directory / shards[absent[0]]} lacks {absent[0][:80]!r}, which {INDEX_FILE} lists there.")
+    return entries
+
+
+def _no_weights(directory: Path) -> ConfigError:
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern))
+    if pickles:
+        return ConfigError(
+            f"{directory} holds {pickles[0]}: a pickle can run code, so only safetensors are read; convert it with "
+            "transformers' save_pretrained where you trust it."
+        )
+    return ConfigError(f"{directory} holds no {SINGLE_FILE} and no {INDEX_FILE}; download or convert the weights.")
+
+
+def _shard_name(directory: Path, value: object) -> str:
+    if not isinstance(value, str) or not _SHARD.fullmatch(value):
+        raise ConfigError(
+            f"{directory / INDEX_FILE} names {str(value)[:80]!r}; a shard is a .safetensors file beside it."
+        )
+    return value
