@@ -1,0 +1,148 @@
+"""Elements and addresses inside the CPU kernels: reading float32, float16 and bfloat16 in place.
+
+Numba has neither bfloat16 nor half-precision arithmetic on a CPU, so float16 travels as int16 and bfloat16 as uint16
+bit patterns: the type of a pointer says what it points to. What Numba does not offer is emitted as LLVM IR.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+FLOAT32, FLOAT16, BFLOAT16 = types.float32, types.int16, types.uint16
+
+Value = Any  # of llvmlite
+Builder = Any
+Kinds = tuple[Any, ...]  # Numba's types of the arguments
+
+F32, I32, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_F16, _I16 = ir.HalfType(), ir.IntType(16)
+
+
+def emitted(result: Callable[..., types.Type]) -> Callable[[Callable[..., Value]], Any]:
+    """A decorator that makes `emit(builder, kinds, *arguments) -> value` a function that kernels can call.
+
+    Integers arrive as int64, floating-point numbers as float32 and pointers as they are; `result(*kinds)` is the type
+    of what it returns.
+    """
+
+    def decorate(emit: Callable[..., Value]) -> Any:
+        @functools.wraps(emit)
+        def typed(typing_context: Any, *given: types.Type) -> tuple[Any, Callable[..., Value]]:
+            def kind(argument: types.Type) -> types.Type:
+                if isinstance(argument, types.Integer):
+                    return types.int64
+                return types.float32 if isinstance(argument, types.Float) else argument
+
+            kinds = tuple(kind(argument) for argument in given)
+
+            def generate(context: Any, builder: Builder, signature: Any, arguments: tuple[Value, ...]) -> Value:
+                value = emit(builder, kinds, *arguments)
+                return context.get_dummy_value() if value is None else value
+
+            return result(*kinds)(*kinds), generate
+
+        parameters = list(inspect.signature(emit).parameters.values())
+        context = parameters[0].replace(name="typing_context")
+        typed.__signature__ = inspect.Signature([context, *parameters[2:]])  # type: ignore[attr-defined]
+        return intrinsic(typed)
+
+    return decorate
+
+
+def nothing(*_: types.Type) -> types.Type:
+    return types.void
+
+
+def _like(scalar: Value, shape: Value) -> Value:
+    """The type `scalar`, as a vector if `shape` is one."""
+    return ir.VectorType(scalar, shape.count) if isinstance(shape, ir.VectorType) else scalar
+
+
+def _integer(value: int, shape: Value) -> Value:
+    return ir.Constant(shape, [value] * shape.count if isinstance(shape, ir.VectorType) else value)
+
+
+def widen(builder: Builder, element: Value, kind: types.Type) -> Value:
+    """float32 from an element or a vector of elements."""
+    if kind == FLOAT32:
+        return element
+    wide = _like(F32, element.type)
+    if kind == FLOAT16:
+        return builder.fpext(builder.bitcast(element, _like(_F16, element.type)), wide)
+    integers = _like(I32, element.type)
+    return builder.bitcast(builder.shl(builder.zext(element, integers), _integer(16, integers)), wide)
+
+
+def narrow(builder: Builder, value: Value, kind: types.Type) -> Value:
+    """The element nearest to a float32, ties to even; NaN stays NaN."""
+    if kind == FLOAT32:
+        return value
+    short = _like(_I16, value.type)
+    if kind == FLOAT16:
+        return builder.bitcast(builder.fptrunc(value, _like(_F16, value.type)), short)
+    integers = _like(I32, value.type)
+    bits = builder.bitcast(value, integers)
+    odd = builder.and_(builder.lshr(bits, _integer(16, integers)), _integer(1, integers))
+    rounded = builder.add(bits, builder.add(odd, _integer(0x7FFF, integers)))
+    quiet = builder.or_(bits, _integer(0x400000, integers))
+    bits = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
+    return builder.trunc(builder.lshr(bits, _integer(16, integers)), short)
+
+
+@emitted(lambda pointer, index: types.float32)
+def read(builder: Builder, kinds: Kinds, pointer: Value, index: Value) -> Value:
+    """pointer[index] as float32."""
+    return widen(builder, builder.load(builder.gep(pointer, [index])), kinds[0].dtype)
+
+
+@emitted(nothing)
+def write(builder: Builder, kinds: Kinds, pointer: Value, index: Value, value: Value) -> None:
+    """pointer[index] = the float32 `value`, rounded."""
+    builder.store(narrow(builder, value, kinds[0].dtype), builder.gep(pointer, [index]))
+
+
+@emitted(lambda pointer, count: pointer)
+def move(builder: Builder, kinds: Kinds, pointer: Value, count: Value) -> Value:
+    """`pointer` moved on by `count` elements."""
+    return builder.gep(pointer, [count])
+
+
+@emitted(lambda address, like: like)
+def pointer_to(builder: Builder, kinds: Kinds, address: Value, like: Value) -> Value:
+    """The pointer to an address, of the type of `like`."""
+    return builder.inttoptr(address, like.type)
+
+
+@emitted(lambda pointer: types.int64)
+def address_of(builder: Builder, kinds: Kinds, pointer: Value) -> Value:
+    return builder.ptrtoint(pointer, I64)
+
+
+def _pointer_of(target: types.Type, element: Value) -> Any:
+    @emitted(lambda address: types.CPointer(target))
+    def cast(builder: Builder, kinds: Kinds, address: Value) -> Value:
+        if isinstance(kinds[0], types.CPointer):
+            return builder.bitcast(address, element.as_pointer())
+        return builder.inttoptr(address, element.as_pointer())
+
+    return cast
+
+
+# Each makes a pointer of an address or of another pointer.
+float32_pointer = _pointer_of(types.float32, F32)
+float64_pointer = _pointer_of(types.float64, ir.DoubleType())
+int32_pointer = _pointer_of(types.int32, I32)
+int64_pointer = _pointer_of(types.int64, I64)
+
+
+@emitted(lambda counter: types.int64)
+def take(builder: Builder, kinds: Kinds, counter: Value) -> Value:
+    """The int64 at `counter`, which goes up by one; orders memory between threads (acquire and release)."""
+    return builder.atomic_rmw("add", counter, ir.Constant(I64, 1), "acq_rel")

@@ -1,0 +1,75 @@
+"""Writing keys and values into pages on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from quire.kernels.cpu_elements import int64_pointer, move, pointer_to, take
+from quire.kernels.cpu_workers import Worker, row_threads
+
+_TOKENS_PER_UNIT = 4
+
+# A call's parameters: their places in the int64 array that its threads share. Strides are in elements.
+(
+    TICKET,  # the next unit of tokens
+    KEY,
+    KEY_STRIDE,
+    KEY_HEAD_STRIDE,
+    VALUE,
+    VALUE_STRIDE,
+    VALUE_HEAD_STRIDE,
+    K_CACHE,
+    V_CACHE,
+    BLOCK_STRIDE,
+    HEAD_STRIDE,
+    SLOTS,
+    NUM_TOKENS,
+    NUM_KV_HEADS,
+    HEAD_DIM,
+    BLOCK_SIZE,
+) = range(16)
+
+
+def _write(shared: Any) -> None:
+    parameters = int64_pointer(shared)
+    num_tokens, head_dim, block_size = parameters[NUM_TOKENS], parameters[HEAD_DIM], parameters[BLOCK_SIZE]
+    slots = int64_pointer(parameters[SLOTS])
+    key, value = pointer_to(parameters[KEY], shared), pointer_to(parameters[VALUE], shared)
+    k_cache, v_cache = pointer_to(parameters[K_CACHE], shared), pointer_to(parameters[V_CACHE], shared)
+    first_token = take(parameters) * _TOKENS_PER_UNIT
+    while first_token < num_tokens:
+        for token in range(first_token, min(first_token + _TOKENS_PER_UNIT, num_tokens)):
+            block, offset = divmod(slots[token], block_size)
+            for head in range(parameters[NUM_KV_HEADS]):
+                target = block * parameters[BLOCK_STRIDE] + head * parameters[HEAD_STRIDE] + offset * head_dim
+                keys = move(key, token * parameters[KEY_STRIDE] + head * parameters[KEY_HEAD_STRIDE])
+                values = move(value, token * parameters[VALUE_STRIDE] + head * parameters[VALUE_HEAD_STRIDE])
+                cached_keys, cached_values = move(k_cache, target), move(v_cache, target)
+                for i in range(head_dim):
+                    cached_keys[i] = keys[i]
+                for i in range(head_dim):
+                    cached_values[i] = values[i]
+        first_token = take(parameters) * _TOKENS_PER_UNIT
+
+
+WORKER = Worker(_write)
+
+
+def kv_write(
+    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    if key.dtype != k_cache.dtype:
+        key, value = key.to(k_cache.dtype), value.to(k_cache.dtype)
+    num_tokens, num_kv_heads, head_dim = key.shape
+    parameters = np.array(
+        [
+            *(0, key.data_ptr(), *key.stride()[:2], value.data_ptr(), *value.stride()[:2]),
+            *(k_cache.data_ptr(), v_cache.data_ptr(), *k_cache.stride()[:2]),
+            *(slot_mapping.data_ptr(), num_tokens, num_kv_heads, head_dim, k_cache.shape[2]),
+        ],
+        np.int64,
+    )
+    WORKER.run(key.dtype, parameters, row_threads(2 * num_tokens * num_kv_heads * head_dim))

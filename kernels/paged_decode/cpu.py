@@ -1,0 +1,252 @@
+"""Paged decode attention on the CPU: pages are read in place, each once for all query heads of its KV head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+
+from quire.kernels import cpu_attention as call
+from quire.kernels import cpu_vector as vector
+from quire.kernels.cpu_elements import float32_pointer, int32_pointer, int64_pointer, move, pointer_to, take
+from quire.kernels.cpu_lanes import LANES, padded
+from quire.kernels.cpu_workers import Parameters, Worker, cached
+
+_CHUNK = 128
+"""Positions of one softmax, rounded down to whole blocks. The chunks of a sequence are always joined in the order of
+their positions, so its result depends neither on the batch nor on the number of threads."""
+
+_UNITS_PER_THREAD = 4  # pieces of work for each thread, to even out lengths and slow cores
+_MIN_ELEMENTS = 32768  # keys and values that are worth another thread: about 10 microseconds
+
+# After the common fields.
+(
+    NUM_THREADS,
+    CHUNK_SIZE,
+    CHUNKS_PER_UNIT,
+    FIRST_UNITS,  # [S + 1] the first unit of each sequence
+    FIRST_PARTIALS,  # [S] the first waiting chunk of each sequence
+    FINISHED,  # [S, Hk] units that are done
+    PARTIALS,  # results of chunks that wait for the last unit of their sequence and head
+    SCRATCH,  # of each thread
+    SCRATCH_SIZE,
+    NUM_FIELDS,
+) = range(call.NUM_COMMON, call.NUM_COMMON + 10)
+
+
+@numba.njit
+def _partial_size(num_heads: int, head_dim: int) -> int:
+    """float32 in the result of a chunk: sums of values [G, padded D], sums of weights [G], largest scores [G]."""
+    return num_heads * (padded(head_dim) + 2)
+
+
+@numba.njit
+def _chunks(seq_len: int, window: int, chunk_size: int) -> tuple[int, int]:
+    """The first chunk that the query sees, and how many."""
+    first = max(seq_len - window, 0) // chunk_size
+    return first, (seq_len - 1) // chunk_size + 1 - first
+
+
+@cached
+def _plan(given: Parameters, max_threads: int) -> Parameters:
+    """Divide the work into units, each a few chunks of one sequence and KV head, and lay out the memory for them."""
+    num_seqs, num_kv_heads, num_heads = given[call.NUM_SEQS], given[call.NUM_KV_HEADS], given[call.GROUP_SIZE]
+    block_size, head_dim, window = given[call.BLOCK_SIZE], given[call.HEAD_DIM], given[call.WINDOW]
+    seq_lens = int32_pointer(given[call.SEQ_LENS])
+    chunk_size = max(1, _CHUNK // block_size) * block_size
+    num_chunks = 0
+    num_positions = 0
+    for seq in range(num_seqs):
+        num_chunks += _chunks(seq_lens[seq], window, chunk_size)[1]
+        num_positions += min(seq_lens[seq], window)
+    num_threads = min(max_threads, max(1, 2 * num_positions * num_kv_heads * head_dim // _MIN_ELEMENTS))
+    chunks_per_unit = max(1, num_chunks * num_kv_heads // (num_threads * _UNITS_PER_THREAD))
+    if num_threads == 1:
+        chunks_per_unit = num_chunks
+
+    num_partials = 0
+    for seq in range(num_seqs):
+        _, num_chunks = _chunks(seq_lens[seq], window, chunk_size)
+        if num_chunks > chunks_per_unit:
+            num_partials += num_chunks * num_kv_heads
+    partial_size = _partial_size(num_heads, head_dim)
+    scratch_size = num_heads * (padded(head_dim) + padded(chunk_size)) + 2 * partial_size
+    scratch_size = -(-scratch_size // 16) * 8
+    num_fixed = -(-(NUM_FIELDS + 2 * num_seqs + 1 + num_seqs * num_kv_heads) // 8) * 8
+    array = np.empty(num_fixed + num_threads * scratch_size + -(-num_partials * partial_size // 2), np.int64)
+
+    address = array.ctypes.data
+    parameters = int64_pointer(address)
+    for field in range(call.NUM_COMMON):
+        parameters[field] = given[field]
+    parameters[NUM_THREADS], parameters[CHUNK_SIZE], parameters[CHUNKS_PER_UNIT] = (
+        num_threads,
+        chunk_size,
+        chunks_per_unit,
+    )
+    parameters[FIRST_UNITS] = address + 8 * NUM_FIELDS
+    parameters[FIRST_PARTIALS] = parameters[FIRST_UNITS] + 8 * (num_seqs + 1)
+    parameters[FINISHED] = parameters[FIRST_PARTIALS] + 8 * num_seqs
+    parameters[SCRATCH], parameters[SCRATCH_SIZE] = address + 8 * num_fixed, scratch_size
+    parameters[PARTIALS] = parameters[SCRATCH] + 8 * num_threads * scratch_size
+    first_units, first_partials = int64_pointer(parameters[FIRST_UNITS]), int64_pointer(parameters[FIRST_PARTIALS])
+    finished = int64_pointer(parameters[FINISHED])
+    first_units[0] = num_partials = 0
+    for seq in range(num_seqs):
+        _, num_chunks = _chunks(seq_lens[seq], window, chunk_size)
+        first_units[seq + 1] = first_units[seq] + -(-num_chunks // chunks_per_unit) * num_kv_heads
+        first_partials[seq] = num_partials
+        if num_chunks > chunks_per_unit:
+            num_partials += num_chunks * num_kv_heads
+        for kv_head in range(num_kv_heads):
+            finished[seq * num_kv_heads + kv_head] = 0
+    return array
+
+
+@numba.njit
+def _block(parameters, cache, table, block):  # type: ignore[no-untyped-def]
+    return move(cache, np.int64(table[block]) * parameters[call.BLOCK_STRIDE])
+
+
+@numba.njit(inline="always")
+def _attend_chunk(parameters, keys, values, table, start, first, last, num_blocks, queries, scores, partial):  # type: ignore[no-untyped-def]
+    """Attention over the positions [first, last) of the chunk at `start`.
+
+    While a block is worked on, the next one is on its way into the cache: blocks are too short for the hardware to see
+    a pattern.
+    """
+    num_heads, head_dim, block_size = (
+        parameters[call.GROUP_SIZE],
+        parameters[call.HEAD_DIM],
+        parameters[call.BLOCK_SIZE],
+    )
+    padded_dim, stride = padded(head_dim), padded(parameters[CHUNK_SIZE])
+    first_block, last_block = first // block_size, (last - 1) // block_size
+    for block in range(first_block, last_block + 1):
+        begin = block * block_size
+        following = (
+            _block(parameters, keys, table, block + 1)
+            if block < last_block
+            else _block(parameters, values, table, first_block)
+        )
+        vector.dot_tokens(
+            queries, padded_dim, num_heads, _block(parameters, keys, table, block), head_dim, block_size,
+            max(first - begin, 0), min(last - begin, block_size), move(scores, begin - start), stride, following,
+        )  # fmt: skip
+
+    low, high = (first - start) // LANES * LANES, padded(last - start)
+    for i in range(num_heads * padded_dim):
+        partial[i] = 0.0
+    divisors, largest = move(partial, num_heads * padded_dim), move(partial, num_heads * (padded_dim + 1))
+    for head in range(num_heads):
+        line = move(scores, head * stride)
+        for column in range(low, first - start):
+            line[column] = -np.inf
+        for column in range(last - start, high):
+            line[column] = -np.inf
+        largest[head] = vector.row_max(move(line, low), high - low)
+        divisors[head] = vector.row_exp2(move(line, low), high - low, largest[head])
+
+    for block in range(first_block, last_block + 1):
+        begin = max(block * block_size, first)
+        following = (
+            _block(parameters, values, table, block + 1)
+            if block < last_block
+            else _block(parameters, keys, table, min(block + 1, num_blocks - 1))
+        )
+        block_values = move(_block(parameters, values, table, block), (begin - block * block_size) * head_dim)
+        vector.add_weighted(
+            move(scores, begin - start), stride, num_heads, block_values, head_dim,
+            min((block + 1) * block_size, last) - begin, partial, padded_dim, following,
+        )  # fmt: skip
+
+
+@numba.njit
+def _join(total, partial, num_heads, head_dim):  # type: ignore[no-untyped-def]
+    """Add the result of a later chunk to `total`."""
+    padded_dim = padded(head_dim)
+    divisors, largest = num_heads * padded_dim, num_heads * (padded_dim + 1)
+    for head in range(num_heads):
+        old, new = total[largest + head], partial[largest + head]
+        joint = old if old > new else new
+        old_factor, new_factor = vector.exp2(old - joint), vector.exp2(new - joint)
+        total[largest + head] = joint
+        total[divisors + head] = total[divisors + head] * old_factor + partial[divisors + head] * new_factor
+        for i in range(head * padded_dim, (head + 1) * padded_dim):
+            total[i] = total[i] * old_factor + partial[i] * new_factor
+
+
+@numba.njit(inline="always")
+def _attend_unit(parameters, shared, seq, kv_head, part, units_per_head, scratch):  # type: ignore[no-untyped-def]
+    """The `part`-th unit of a sequence and KV head. Whoever finishes the last one of them joins their chunks."""
+    num_heads, head_dim = parameters[call.GROUP_SIZE], parameters[call.HEAD_DIM]
+    chunk_size, chunks_per_unit = parameters[CHUNK_SIZE], parameters[CHUNKS_PER_UNIT]
+    seq_len = np.int64(int32_pointer(parameters[call.SEQ_LENS])[seq])
+    first_position = max(seq_len - parameters[call.WINDOW], 0)
+    first_chunk, num_chunks = _chunks(seq_len, parameters[call.WINDOW], chunk_size)
+    partial_size, divisors = _partial_size(num_heads, head_dim), num_heads * padded(head_dim)
+    queries = float32_pointer(scratch)
+    scores = move(queries, num_heads * padded(head_dim))
+    total = move(scores, num_heads * padded(chunk_size))
+    if units_per_head > 1:
+        first_partial = int64_pointer(parameters[FIRST_PARTIALS])[seq] + kv_head * num_chunks
+        total = move(float32_pointer(parameters[PARTIALS]), first_partial * partial_size)
+
+    table = move(int32_pointer(parameters[call.TABLES]), seq * parameters[call.TABLE_STRIDE])
+    keys = move(pointer_to(parameters[call.KEYS], shared), kv_head * parameters[call.HEAD_STRIDE])
+    values = move(pointer_to(parameters[call.VALUES], shared), kv_head * parameters[call.HEAD_STRIDE])
+    num_blocks = (seq_len - 1) // parameters[call.BLOCK_SIZE] + 1
+    call.load_queries(parameters, shared, seq, 1, kv_head, queries)
+    for chunk in range(part * chunks_per_unit, min((part + 1) * chunks_per_unit, num_chunks)):
+        start = (first_chunk + chunk) * chunk_size
+        first, last = max(first_position, start), min(seq_len, start + chunk_size)
+        # Alone with its sequence and head, a unit joins as it goes and needs room for two results.
+        partial = move(total, (chunk if units_per_head > 1 else min(chunk, 1)) * partial_size)
+        _attend_chunk(parameters, keys, values, table, start, first, last, num_blocks, queries, scores, partial)
+        if units_per_head == 1 and chunk > 0:
+            _join(total, partial, num_heads, head_dim)
+    if units_per_head > 1:
+        finished = move(int64_pointer(parameters[FINISHED]), seq * parameters[call.NUM_KV_HEADS] + kv_head)
+        if take(finished) < units_per_head - 1:
+            return
+        for chunk in range(1, num_chunks):
+            _join(total, move(total, chunk * partial_size), num_heads, head_dim)
+    call.store_results(parameters, shared, seq, 1, kv_head, total, move(total, divisors))
+
+
+def _attend(shared: Any) -> None:
+    parameters = int64_pointer(shared)
+    thread = take(move(parameters, call.THREAD))
+    scratch = int64_pointer(parameters[SCRATCH] + 8 * thread * parameters[SCRATCH_SIZE])
+    first_units, num_kv_heads = int64_pointer(parameters[FIRST_UNITS]), parameters[call.NUM_KV_HEADS]
+    unit = take(parameters)
+    for seq in range(parameters[call.NUM_SEQS]):
+        units_per_head = (first_units[seq + 1] - first_units[seq]) // num_kv_heads
+        while unit < first_units[seq + 1]:
+            kv_head, part = divmod(unit - first_units[seq], units_per_head)
+            _attend_unit(parameters, shared, seq, kv_head, part, units_per_head, scratch)
+            unit = take(parameters)
+
+
+WORKER = Worker(_attend)
+
+
+def paged_decode(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    out = torch.empty_like(query) if out is None else out
+    if query.shape[0] == 0:
+        return out
+    given = call.describe(query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out)
+    parameters = _plan(given, torch.get_num_threads())
+    WORKER.run(query.dtype, parameters, int(parameters[NUM_THREADS]))
+    return out

@@ -1,0 +1,32 @@
+"""Paged decode attention in plain torch: one sequence after another."""
+
+from __future__ import annotations
+
+import torch
+
+
+def paged_decode(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    out = torch.empty_like(query) if out is None else out
+    block_size = k_cache.shape[2]
+    group_size = query.shape[1] // k_cache.shape[1]
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    for sequence, seq_len in enumerate(seq_lens.tolist()):
+        first = 0 if sliding_window is None else max(0, seq_len - sliding_window)
+        positions = torch.arange(first, seq_len, device=query.device)
+        block_ids = block_tables[sequence, positions // block_size].long()
+        keys = k_cache[block_ids, :, positions % block_size].to(wide)  # [L, Hk, D]
+        values = v_cache[block_ids, :, positions % block_size].to(wide)
+        keys = keys.repeat_interleave(group_size, dim=1)  # [L, Hq, D]
+        values = values.repeat_interleave(group_size, dim=1)
+        scores = torch.einsum("hd,lhd->hl", query[sequence].to(wide), keys) * scale
+        out[sequence] = torch.einsum("hl,lhd->hd", scores.softmax(dim=-1), values).to(out.dtype)
+    return out

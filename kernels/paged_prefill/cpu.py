@@ -1,0 +1,219 @@
+"""Paged causal attention on the CPU: flash attention over tiles of queries and of unpacked pages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+
+from quire.kernels import cpu_attention as call
+from quire.kernels import cpu_elements as elements
+from quire.kernels import cpu_vector as vector
+from quire.kernels.cpu_elements import float32_pointer, int32_pointer, int64_pointer, move, pointer_to
+from quire.kernels.cpu_lanes import LANES, LOWEST, padded
+from quire.kernels.cpu_workers import Parameters, Worker, cached
+
+_TILE = 64
+"""Positions of a tile of keys and values. Tiles begin at multiples of it wherever a chunk of a prompt begins, so a
+token's result depends neither on the chunks nor on the batch."""
+
+_MAX_ROWS = 128  # rows of a tile of queries; a row is one token and one query head
+_TILES_PER_THREAD = 4  # at least so many tiles of queries for each thread, if there are enough tokens
+
+# After the common fields.
+QUERY_START, TOKENS_PER_TILE, SCRATCH, SCRATCH_SIZE, NUM_FIELDS = range(call.NUM_COMMON, call.NUM_COMMON + 5)
+
+
+@numba.njit
+def _unpack(parameters, keys, values, table, start, first, last, addresses, tile_keys, tile_values):  # type: ignore[no-untyped-def]
+    """The positions [first, last) of the tile at `start`, as float32: keys [D, _TILE] and values [_TILE, padded D].
+
+    Columns of keys at other positions repeat one of these; such values are zero. Returns 0.0, or NaN if a value is not
+    finite.
+    """
+    head_dim, block_size = parameters[call.HEAD_DIM], parameters[call.BLOCK_SIZE]
+    padded_dim = padded(head_dim)
+    taint = np.float32(0.0)
+    for column in range(_TILE):
+        position = min(max(start + column, first), last - 1)
+        block = position // block_size
+        offset = np.int64(table[block]) * parameters[call.BLOCK_STRIDE] + (position - block * block_size) * head_dim
+        addresses[column] = elements.address_of(move(keys, offset))
+        target = move(tile_values, column * padded_dim)
+        if position == start + column:
+            taint += vector.unpack_row(move(values, offset), head_dim, target)
+        else:
+            for i in range(padded_dim):
+                target[i] = 0.0
+    for column in range(0, _TILE, LANES):
+        vector.unpack_transposed(move(addresses, column), keys, head_dim, move(tile_keys, column), _TILE)
+    return taint
+
+
+@numba.njit
+def _visible(position, window, start):  # type: ignore[no-untyped-def]
+    """The columns [low, high) of the tile at `start` that the query at `position` sees."""
+    low = min(max(position - window + 1 - start, 0), _TILE)
+    return low, max(low, min(position + 1 - start, _TILE))
+
+
+@numba.njit
+def _softmax(scores, num_rows, num_heads, position, window, start, maxima, divisors, factors):  # type: ignore[no-untyped-def]
+    """Scores of a tile become weights; `factors` become what the sums so far have to be multiplied by."""
+    padded_rows = padded(num_rows)
+    for row in range(num_rows):
+        line = move(scores, row * _TILE)
+        low, high = _visible(position + row // num_heads, window, start)
+        for column in range(low):
+            line[column] = -np.inf
+        for column in range(high, _TILE):
+            line[column] = -np.inf
+        largest = vector.row_max(line, _TILE)
+        largest = largest if largest > maxima[row] else maxima[row]
+        factors[row] = maxima[row] - largest
+        maxima[row] = largest
+    for row in range(num_rows, padded_rows):
+        factors[row] = 0.0
+    vector.row_exp2(factors, padded_rows, np.float32(0.0))
+    for row in range(num_rows):
+        total = vector.row_exp2(move(scores, row * _TILE), _TILE, maxima[row])
+        divisors[row] = divisors[row] * factors[row] + total
+
+
+@numba.njit
+def _add_values(weights, num_rows, num_heads, position, window, start, tainted, tile_values, padded_dim, sums, factors):  # type: ignore[no-untyped-def]
+    """sums[row] = sums[row] * factors[row] + the weighted values of the tile.
+
+    A weight of zero does not hide a NaN or an infinity, so in a tainted tile each row is given what it sees alone.
+    """
+    if tainted:
+        for row in range(num_rows):
+            low, high = _visible(position + row // num_heads, window, start)
+            vector.add_product_row(
+                move(weights, row * _TILE + low), _TILE, move(tile_values, low * padded_dim), padded_dim,
+                move(sums, row * padded_dim), padded_dim, high - low, padded_dim, move(factors, row),
+            )  # fmt: skip
+        return
+    for row in range(0, num_rows, vector.ROWS):
+        _, high = _visible(position + (row + vector.ROWS - 1) // num_heads, window, start)
+        vector.add_product_rows(
+            move(weights, row * _TILE), _TILE, tile_values, padded_dim,
+            move(sums, row * padded_dim), padded_dim, high, padded_dim, move(factors, row),
+        )  # fmt: skip
+
+
+@numba.njit(inline="always")
+def _attend_tile(parameters, shared, seq, kv_head, first_token, scratch):  # type: ignore[no-untyped-def]
+    """The tokens of a sequence from its `first_token`-th new one on, for the query heads of one KV head."""
+    num_heads, head_dim = parameters[call.GROUP_SIZE], parameters[call.HEAD_DIM]
+    tokens_per_tile, window = parameters[TOKENS_PER_TILE], parameters[call.WINDOW]
+    padded_dim, max_rows = padded(head_dim), padded(tokens_per_tile * num_heads)
+    tile_keys = float32_pointer(move(scratch, _TILE))
+    tile_values = move(tile_keys, padded_dim * _TILE)
+    queries = move(tile_values, padded_dim * _TILE)
+    sums = move(queries, max_rows * padded_dim)
+    scores = move(sums, max_rows * padded_dim)
+    maxima = move(scores, max_rows * _TILE)
+    divisors, factors = move(maxima, max_rows), move(maxima, 2 * max_rows)
+
+    query_start = int32_pointer(parameters[QUERY_START])
+    token = np.int64(query_start[seq]) + first_token
+    num_tokens = min(tokens_per_tile, np.int64(query_start[seq + 1]) - token)
+    num_rows = num_tokens * num_heads
+    position = np.int64(int32_pointer(parameters[call.SEQ_LENS])[seq]) - (np.int64(query_start[seq + 1]) - token)
+    call.load_queries(parameters, shared, token, num_tokens, kv_head, queries)
+    for i in range(max_rows * padded_dim):
+        sums[i] = 0.0
+    for i in range(num_rows * padded_dim, max_rows * padded_dim):
+        queries[i] = 0.0
+    for row in range(max_rows):
+        maxima[row] = LOWEST
+        divisors[row] = 0.0
+
+    table = move(int32_pointer(parameters[call.TABLES]), seq * parameters[call.TABLE_STRIDE])
+    keys = move(pointer_to(parameters[call.KEYS], shared), kv_head * parameters[call.HEAD_STRIDE])
+    values = move(pointer_to(parameters[call.VALUES], shared), kv_head * parameters[call.HEAD_STRIDE])
+    first, last = max(position - window + 1, 0), position + num_tokens
+    for start in range(first // _TILE * _TILE, last, _TILE):
+        taint = _unpack(
+            parameters, keys, values, table, start, max(start, first), min(start + _TILE, last),
+            scratch, tile_keys, tile_values,
+        )  # fmt: skip
+        for row in range(0, num_rows, vector.ROWS):
+            vector.multiply_rows(
+                move(queries, row * padded_dim), padded_dim, tile_keys, _TILE,
+                move(scores, row * _TILE), _TILE, head_dim, _TILE, factors,
+            )  # fmt: skip
+        _softmax(scores, num_rows, num_heads, position, window, start, maxima, divisors, factors)
+        _add_values(
+            scores, num_rows, num_heads, position, window, start, taint != 0.0, tile_values, padded_dim, sums, factors
+        )
+
+    call.store_results(parameters, shared, token, num_tokens, kv_head, sums, divisors)
+
+
+def _attend(shared: Any) -> None:
+    parameters = int64_pointer(shared)
+    thread = elements.take(move(parameters, call.THREAD))
+    scratch = int64_pointer(parameters[SCRATCH] + 8 * thread * parameters[SCRATCH_SIZE])
+    query_start, tokens_per_tile = int32_pointer(parameters[QUERY_START]), parameters[TOKENS_PER_TILE]
+    num_kv_heads = parameters[call.NUM_KV_HEADS]
+    first_unit = 0
+    unit = elements.take(parameters)
+    for seq in range(parameters[call.NUM_SEQS]):
+        num_tiles = -(-np.int64(query_start[seq + 1] - query_start[seq]) // tokens_per_tile)
+        while unit < first_unit + num_tiles * num_kv_heads:
+            tile, kv_head = divmod(unit - first_unit, num_kv_heads)
+            # The last tile sees the most positions: taken first, it does not keep the other threads waiting.
+            _attend_tile(parameters, shared, seq, kv_head, (num_tiles - 1 - tile) * tokens_per_tile, scratch)
+            unit = elements.take(parameters)
+        first_unit += num_tiles * num_kv_heads
+
+
+WORKER = Worker(_attend)
+
+
+@cached
+def _allocate(given: Parameters, num_threads: int, tokens_per_tile: int, query_start: int) -> Parameters:
+    num_heads, padded_dim = given[call.GROUP_SIZE], padded(given[call.HEAD_DIM])
+    rows = padded(tokens_per_tile * num_heads)
+    num_floats = 2 * padded_dim * _TILE + rows * (2 * padded_dim + _TILE + 3)
+    scratch_size = _TILE + -(-num_floats // 16) * 8
+    num_fixed = -(-NUM_FIELDS // 8) * 8
+    parameters = np.empty(num_fixed + num_threads * scratch_size, np.int64)
+    for field in range(call.NUM_COMMON):
+        parameters[field] = given[field]
+    parameters[QUERY_START] = query_start
+    parameters[TOKENS_PER_TILE] = tokens_per_tile
+    parameters[SCRATCH] = parameters.ctypes.data + 8 * num_fixed
+    parameters[SCRATCH_SIZE] = scratch_size
+    return parameters
+
+
+def paged_prefill(
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start: torch.Tensor,
+    scale: float,
+    max_query_len: int,
+    sliding_window: int | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    out = torch.empty_like(query) if out is None else out
+    if query.shape[0] == 0:
+        return out
+    given = call.describe(query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out)
+    num_threads = torch.get_num_threads()
+    num_tokens, num_heads, _ = query.shape
+    num_kv_heads = k_cache.shape[1]
+    largest = max(1, _MAX_ROWS * num_kv_heads // num_heads)
+    wanted = -(-num_tokens * num_kv_heads // (num_threads * _TILES_PER_THREAD))
+    tokens_per_tile = max(1, min(largest, max_query_len, max(wanted, largest // 4)))
+    parameters = _allocate(given, num_threads, tokens_per_tile, query_start.data_ptr())
+    WORKER.run(query.dtype, parameters, num_threads)
+    return out

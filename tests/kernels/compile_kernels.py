@@ -1,0 +1,245 @@
+"""Compiles kernels for GPUs that are not here and prints what each needs; run as a process of its own.
+
+    python compile_kernels.py PART PARTS     prints one JSON line per kernel of every PARTS-th case, from PART on
+
+A case calls the launcher with tensors that have no data ("meta") and records what it would have launched, so what is
+compiled is what a GPU would run: the same specialisation of arguments, tiles, warps and stages.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from quire.kernels.targets import A100, B200, H100, MI300, Target
+
+TYPE_NAMES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+TARGETS = (A100, H100, B200, MI300)
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel needs. `spills` are bytes of stack on NVIDIA, spilled registers on AMD."""
+
+    case: str
+    kernel: str
+    arch: str
+    registers: int
+    spills: int
+    shared_memory: int
+    shared_memory_limit: int
+    num_warps: int
+    mma: dict[str, int]
+    int64_offsets: bool
+
+
+@dataclass(frozen=True)
+class Launch:
+    kernel: Any
+    args: dict[str, Any]
+
+
+def tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launches(op: str, target: Target, *args: Any) -> list[Launch]:
+    """What the launcher of `op` would launch on `target`."""
+    module = importlib.import_module(f"quire.kernels.{op}.triton")
+    recorded: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            def record(*values: Any, **named: Any) -> None:
+                recorded.append(Launch(self.kernel, dict(zip(self.kernel.arg_names, values, strict=False)) | named))
+
+            return record
+
+    kernels = {name: value for name, value in vars(module).items() if isinstance(value, JITFunction)}
+    replaced = {name: getattr(module, name) for name in (*kernels, "current_target") if hasattr(module, name)}
+    try:
+        for name, kernel in kernels.items():
+            setattr(module, name, Recorder(kernel))
+        if hasattr(module, "current_target"):
+            module.current_target = lambda device: target  # type: ignore[attr-defined]
+        getattr(module, op)(*args)
+    finally:
+        for name, value in replaced.items():
+            setattr(module, name, value)
+    return recorded
+
+
+def compile_launch(launch: Launch, target: Target) -> Any:
+    """As Triton's own launch would specialise it: 1 is a constant, multiples of 16 are known to be so."""
+    names = launch.kernel.arg_names
+    constexpr_names = {names[index] for index in launch.kernel.constexprs}
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.args[parameter.name]
+        is_general = parameter.do_not_specialize
+        if name in constexpr_names or (isinstance(value, int) and value == 1 and not is_general):
+            signature[name] = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = TYPE_NAMES[value.dtype]
+            is_general = parameter.do_not_specialize_on_alignment
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            is_general = is_general or value % 16 != 0
+        else:
+            signature[name] = "fp32"
+            is_general = True
+        if signature[name] != "constexpr" and not is_general:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    options = {name: launch.args[name] for name in ("num_warps", "num_stages") if name in launch.args}
+    return triton.compile(source, target=GPUTarget(target.vendor, target.arch, target.warp_size), options=options)
+
+
+def nvidia_resources(compiled: Any) -> tuple[int, int, dict[str, int]]:
+    """(registers, bytes of stack, matrix instructions): whatever ptxas spills lies on the stack."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        cuobjdump = str(NVIDIA_TOOLS / "cuobjdump")
+        usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        sass = subprocess.run([cuobjdump, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resources: {usage}")
+    mma = {name: len(re.findall(rf"\b{name}", sass)) for name in ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS")}
+    return int(found[1]), int(found[2]), mma
+
+
+def amd_resources(compiled: Any) -> tuple[int, int, dict[str, int]]:
+    """(vector registers, spilled registers and private bytes, matrix instructions)."""
+    assembly = compiled.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", assembly)
+        if found is None:
+            raise RuntimeError(f"no {name} in the assembly")
+        return int(found[1])
+
+    spills = field("vgpr_spill_count") + field("sgpr_spill_count") + field("private_segment_fixed_size")
+    return field("vgpr_count"), spills, {"MFMA": len(re.findall(r"\bv_mfma", assembly))}
+
+
+def resources(case: str, launch: Launch, target: Target) -> Resources:
+    compiled = compile_launch(launch, target)
+    registers, spills, mma = nvidia_resources(compiled) if target.vendor == "cuda" else amd_resources(compiled)
+    pointer_steps = re.findall(r"tt\.addptr .*", compiled.asm["ttir"])
+    return Resources(
+        case=case,
+        kernel=launch.kernel.__name__,
+        arch=f"sm_{target.arch}" if target.vendor == "cuda" else str(target.arch),
+        registers=registers,
+        spills=spills,
+        shared_memory=compiled.metadata.shared,
+        shared_memory_limit=target.shared_memory,
+        num_warps=compiled.metadata.num_warps,
+        mma={name: count for name, count in mma.items() if count},
+        int64_offsets=any("i64" in step for step in pointer_steps),
+    )
+
+
+NUM_HEADS, NUM_KV_HEADS, PAGE, CONTEXT = 32, 8, 16, 4096
+
+
+def caches(dtype: torch.dtype, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (1024, NUM_KV_HEADS, PAGE, head_dim)
+    return tensor(*shape, dtype=dtype), tensor(*shape, dtype=dtype)
+
+
+def decode(dtype: torch.dtype, head_dim: int, num_seqs: int, window: int | None, target: Target) -> list[Launch]:
+    query = tensor(num_seqs, NUM_HEADS, head_dim, dtype=dtype)
+    tables = tensor(num_seqs, CONTEXT // PAGE, dtype=torch.int32)
+    lens = tensor(num_seqs, dtype=torch.int32)
+    return launches("paged_decode", target, query, *caches(dtype, head_dim), tables, lens, 0.1, window)
+
+
+def prefill(
+    dtype: torch.dtype, head_dim: int, num_seqs: int, query_len: int, window: int | None, target: Target
+) -> list[Launch]:
+    query = tensor(num_seqs * query_len, NUM_HEADS, head_dim, dtype=dtype)
+    tables = tensor(num_seqs, CONTEXT // PAGE, dtype=torch.int32)
+    lens = tensor(num_seqs, dtype=torch.int32)
+    starts = tensor(num_seqs + 1, dtype=torch.int32)
+    arguments = (query, *caches(dtype, head_dim), tables, lens, starts, 0.1, query_len, window)
+    return launches("paged_prefill", target, *arguments)
+
+
+def small_operations(dtype: torch.dtype, head_dim: int, target: Target) -> list[Launch]:
+    """Norms, rotation and write of a layer with a fused qkv projection."""
+    num_tokens, hidden_size = 64, NUM_HEADS * head_dim
+    hidden = tensor(num_tokens, hidden_size, dtype=dtype)
+    qkv = tensor(num_tokens, NUM_HEADS + 2 * NUM_KV_HEADS, head_dim, dtype=dtype)
+    query, key, value = qkv.split([NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS], dim=1)
+    positions = tensor(num_tokens, dtype=torch.int64)
+    cos_sin = tensor(CONTEXT, head_dim, dtype=torch.float32)
+    return [
+        *launches("rms_norm", target, hidden, tensor(hidden_size, dtype=dtype), 1e-6),
+        *launches(
+            "rms_norm", target, hidden, tensor(hidden_size, dtype=dtype), 1e-6, tensor(*hidden.shape, dtype=dtype)
+        ),
+        *launches("rms_norm", target, query, tensor(head_dim, dtype=dtype), 1e-6),
+        *launches("rope", target, query, key, positions, cos_sin),
+        *launches("kv_write", target, key, value, *caches(dtype, head_dim), positions),
+    ]
+
+
+def cases() -> Iterator[tuple[str, Target, list[Launch]]]:
+    """(name, target, launches): the main configurations on every target, the rarer ones where they are tightest."""
+    bf16, fp16 = torch.bfloat16, torch.float16
+    for target in TARGETS:
+        for dtype, head_dim in [(bf16, 128), (bf16, 64), (fp16, 128), (fp16, 64)]:
+            kind = f"{TYPE_NAMES[dtype][1:]}-d{head_dim}"
+            yield f"decode-{kind}", target, decode(dtype, head_dim, 8, None, target)
+            yield f"prefill-{kind}", target, prefill(dtype, head_dim, 2, 1024, None, target)
+            if (dtype, head_dim) != (fp16, 64):
+                yield f"layer-{kind}", target, small_operations(dtype, head_dim, target)
+        yield "decode-bf16-d128-window-1seq", target, decode(bf16, 128, 1, 1024, target)
+        yield "decode-bf16-d128-256seqs", target, decode(bf16, 128, 256, None, target)
+        yield "decode-bf16-d256", target, decode(bf16, 256, 8, None, target)
+        yield "prefill-bf16-d128-window-1seq", target, prefill(bf16, 128, 1, 1024, 1024, target)
+        yield "prefill-bf16-d128-short", target, prefill(bf16, 128, 8, 16, None, target)
+        yield "prefill-bf16-d256", target, prefill(bf16, 256, 2, 1024, None, target)
+    yield "decode-bf16-d80", H100, decode(bf16, 80, 8, None, H100)
+    yield "prefill-bf16-d80", H100, prefill(bf16, 80, 2, 1024, None, H100)
+
+
+def main() -> None:
+    part, num_parts = int(sys.argv[1]), int(sys.argv[2])
+    all_launches = [(name, target, launch) for name, target, group in cases() for launch in group]
+    for name, target, launch in all_launches[part::num_parts]:
+        print(json.dumps(asdict(resources(name, launch, target))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

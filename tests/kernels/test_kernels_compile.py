@@ -1,0 +1,139 @@
+"""Every Triton kernel compiles for GPUs that are not here: no spills, within shared memory, on the matrix units."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import compile_kernels
+import numpy as np
+import paged_problems
+import pytest
+import torch
+import triton.language as tl
+import triton_interpreter
+from compile_kernels import Resources
+from triton.runtime.jit import JITFunction
+
+NUM_PROCESSES = 2
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+DECODE_MMA = {"sm_80": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA", "gfx942": "MFMA"}
+PREFILL_MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
+
+
+@dataclass(frozen=True)
+class Report:
+    rows: list[Resources]
+    seconds: float
+
+    def table(self) -> str:
+        """Registers of each kernel by architecture."""
+        cells: dict[tuple[str, str], dict[str, list[int]]] = {}
+        for row in self.rows:
+            cells.setdefault((row.kernel, row.case), {}).setdefault(row.arch, []).append(row.registers)
+        lines = [f"{'kernel':16} {'case':30} " + " ".join(f"{arch:>8}" for arch in ARCHS)]
+        for (kernel, case), by_arch in sorted(cells.items()):
+            columns = (str(max(by_arch[arch])) if arch in by_arch else "" for arch in ARCHS)
+            lines.append(f"{kernel:16} {case:30} " + " ".join(f"{column:>8}" for column in columns))
+        return "\n".join([f"registers per thread, most of each case; {self.seconds:.0f} s", *lines])
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """All cases, compiled by processes of their own: the others of this folder interpret."""
+    script = compile_kernels.__file__
+    no_c_compiler = str(tmp_path_factory.mktemp("empty"))
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PATH": no_c_compiler}
+    environment.pop("TRITON_INTERPRET", None)
+    started = time.monotonic()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(part), str(NUM_PROCESSES)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for part in range(NUM_PROCESSES)
+    ]
+    rows = []
+    for process in processes:
+        output, errors = process.communicate(timeout=900)
+        assert process.returncode == 0, errors[-4000:]
+        rows += [Resources(**json.loads(line)) for line in output.splitlines()]
+    return Report(rows, time.monotonic() - started)
+
+
+def test_all_kernels_are_compiled_for_all_targets(report: Report, capsys: pytest.CaptureFixture[str]) -> None:
+    with capsys.disabled():
+        print("\n" + report.table())
+    sources = sorted(Path(compile_kernels.__file__).parents[2].glob("kernels/*/triton.py"))
+    assert len(sources) == 5
+    kernels = {name for path in sources for name in kernel_names(path.parent.name)}
+    for arch in ARCHS:
+        for dtype in ("bf16", "fp16"):
+            compiled = {row.kernel for row in report.rows if row.arch == arch and dtype in row.case}
+            assert compiled == kernels
+
+
+def kernel_names(op: str) -> set[str]:
+    """Names of the jit functions of an operation that are launched, not called by others."""
+    members = vars(importlib.import_module(f"quire.kernels.{op}.triton"))
+    return {name for name, value in members.items() if isinstance(value, JITFunction) and not name.startswith("_")}
+
+
+def test_nothing_spills(report: Report) -> None:
+    assert [row for row in report.rows if row.spills] == []
+
+
+def test_shared_memory_fits(report: Report) -> None:
+    assert [row for row in report.rows if row.shared_memory > row.shared_memory_limit] == []
+
+
+@pytest.mark.parametrize(("kernel", "expected"), [("split_kernel", DECODE_MMA), ("prefill_kernel", PREFILL_MMA)])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_matrix_instructions(report: Report, kernel: str, expected: dict[str, str], arch: str) -> None:
+    rows = [row for row in report.rows if row.kernel == kernel and row.arch == arch]
+    assert rows
+    assert [row for row in rows if not row.mma.get(expected[arch])] == []
+
+
+def test_nvidia_loads_are_asynchronous(report: Report) -> None:
+    """Keys and values are copied to shared memory while the tile before is computed."""
+    for row in report.rows:
+        if row.kernel in ("split_kernel", "prefill_kernel") and row.arch.startswith("sm_"):
+            assert row.mma.get("LDGSTS"), f"{row.case} on {row.arch} does not pipeline its loads"
+
+
+def test_offsets_are_64_bit(report: Report) -> None:
+    assert [row for row in report.rows if not row.int64_offsets] == []
+
+
+def test_a_spill_is_noticed() -> None:
+    """The detector itself: a tile too large for its warps must be reported as spilling."""
+    launch = compile_kernels.prefill(torch.bfloat16, 128, 2, 1024, None, compile_kernels.H100)[0]
+    launch.args.update(BLOCK_M=128, BLOCK_N=128, num_warps=4)
+    assert compile_kernels.resources("too large", launch, compile_kernels.H100).spills > 0
+
+
+def test_interpreting_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one process: interpret kernels, then compile others as if nothing had been interpreted."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    shape = paged_problems.Shape(query_lens=(1,), seq_lens=(20,), head_dim=16)
+    environment = dict(os.environ)
+    with triton_interpreter.interpreted_kernels(), triton_interpreter.bfloat16_arithmetic():
+        assert not isinstance(tl.sum, JITFunction)
+        with np.errstate(all="ignore"):
+            problem = paged_problems.make_problem(shape, torch.bfloat16, torch.device("cpu"))
+            paged_problems.run_decode(problem, backend="triton")
+    assert dict(os.environ) == environment
+    assert isinstance(tl.sum, JITFunction)
+    launches: list[Any] = compile_kernels.decode(torch.bfloat16, 64, 8, None, compile_kernels.H100)
+    assert compile_kernels.resources("after", launches[0], compile_kernels.H100).mma["HMMA"] > 0

@@ -1,0 +1,152 @@
+"""Planted faults: each breaks one line of a kernel, and the check that the other tests use must notice."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import triton_interpreter
+from paged_problems import Shape, check, make_problem, run_decode, run_prefill
+
+from quire.kernels.kv_write import kv_write as correct_kv_write
+from quire.kernels.rms_norm import rms_norm as correct_rms_norm
+from quire.kernels.rope import rope as correct_rope
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the variants are interpreted")
+
+DECODE_FAULTS = {
+    "foreign values are loaded": (
+        "mask=visible[:, None] & dim_mask[None, :]",
+        "mask=dim_mask[None, :]",
+    ),
+    "foreign keys are loaded and scored": (
+        'scores = tl.where(visible[None, :], scores, float("-inf"))',
+        "scores = scores + 0.0",
+    ),
+    "the window is one short": ("position >= seq_len - WINDOW", "position > seq_len - WINDOW"),
+    "empty splits are merged": ("used = split < num_used", "used = split < NUM_SPLITS"),
+    "earlier tiles are not scaled down": ("acc * decay[:, None]", "acc"),
+    "splits are merged with equal weight": ("tl.exp2(lse - highest)", "tl.exp2(lse * 0.0)"),
+    "a split stops a tile early": ("tl.minimum(begin + tiles_per_split, end_tile)", "begin + tiles_per_split - 1"),
+    "a page is off by one slot": ("(position % BLOCK_SIZE)", "((position + 1) % BLOCK_SIZE)"),
+}
+PREFILL_FAULTS = {
+    "foreign values are loaded": (
+        "v = tl.load(v_at, mask=v_mask, other=0.0) if MASKED or HEAD_DIM != BLOCK_D else tl.load(v_at)",
+        "v = tl.load(v_at)",
+    ),
+    "a token does not see itself": ("visible = distance >= 0", "visible = distance > 0"),
+    "the window is one long": ("(distance < WINDOW)", "(distance <= WINDOW)"),
+    "a row that sees nothing yet becomes NaN": (
+        'tl.where(new_highest == float("-inf"), 0.0, new_highest)',
+        "new_highest",
+    ),
+    "a diagonal tile is not masked": ("(first_position + 1) // BLOCK_N", "first_position // BLOCK_N + 1"),
+    "a tile that the window cuts is not masked": ("tl.cdiv(all_see_from, BLOCK_N)", "all_see_from // BLOCK_N"),
+    "tiles go to the wrong sequence": ("+ middle > tile", "+ middle >= tile"),
+    "each head counts as a position": (
+        "row_position = first_position + row // HEADS_PER_PROGRAM",
+        "row_position = first_position + row",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", DECODE_FAULTS)
+def test_faults_in_decode_are_caught(fault: str, triton_device: torch.device, tmp_path: Path) -> None:
+    variant = triton_interpreter.load_variant("paged_decode", tmp_path, [DECODE_FAULTS[fault]])
+    shape = Shape((1, 1), (600, 20), num_kv_heads=1, group_size=2, head_dim=16, window=580)
+    with pytest.raises(AssertionError):
+        check(run_decode, make_problem(shape, torch.float32, triton_device), run=variant.paged_decode)
+
+
+@pytest.mark.parametrize("fault", PREFILL_FAULTS)
+def test_faults_in_prefill_are_caught(fault: str, triton_device: torch.device, tmp_path: Path) -> None:
+    variant = triton_interpreter.load_variant("paged_prefill", tmp_path, [PREFILL_FAULTS[fault]])
+    shape = Shape((90, 11), (150, 20), num_kv_heads=1, group_size=2, head_dim=16, window=70)
+    with pytest.raises(AssertionError):
+        check(run_prefill, make_problem(shape, torch.float32, triton_device), run=variant.paged_prefill)
+
+
+def test_without_a_fault_nothing_is_caught(triton_device: torch.device, tmp_path: Path) -> None:
+    """The shapes above are right when the kernels are."""
+    decode = triton_interpreter.load_variant("paged_decode", tmp_path, [])
+    shape = Shape((1, 1), (600, 20), num_kv_heads=1, group_size=2, head_dim=16, window=580)
+    check(run_decode, make_problem(shape, torch.float32, triton_device), run=decode.paged_decode)
+    prefill = triton_interpreter.load_variant("paged_prefill", tmp_path, [])
+    shape = Shape((90, 11), (150, 20), num_kv_heads=1, group_size=2, head_dim=16, window=70)
+    check(run_prefill, make_problem(shape, torch.float32, triton_device), run=prefill.paged_prefill)
+
+
+def norm_differs(run: Callable[..., torch.Tensor]) -> bool:
+    x, weight = torch.randn(3, 40), torch.randn(40)
+    return not torch.allclose(run(x, weight, 1e-5), correct_rms_norm(x, weight, 1e-5, backend="reference"), atol=1e-5)
+
+
+def norm_of_zero_differs(run: Callable[..., torch.Tensor]) -> bool:
+    return not torch.equal(run(torch.zeros(1, 8), torch.ones(8), 1e-5), torch.zeros(1, 8))
+
+
+def rotation_differs(run: Callable[..., None]) -> bool:
+    heads, expected = torch.randn(3, 3, 16).expand(2, 3, 3, 16).clone()
+    arguments = (torch.tensor([1, 0, 2]), torch.randn(3, 16))
+    run(heads[:, :2], heads[:, 2:], *arguments)
+    correct_rope(expected[:, :2], expected[:, 2:], *arguments, backend="reference")
+    return not torch.allclose(heads, expected, atol=1e-5)
+
+
+def write_differs(run: Callable[..., None]) -> bool:
+    caches, expected = torch.full((2, 3, 2, 16, 8), 7.0), torch.full((2, 3, 2, 16, 8), 7.0)
+    tokens = torch.randn(2, 4, 2, 8)
+    slots = torch.tensor([17, 31, 32, 40])
+    run(tokens[0], tokens[1], caches[0], caches[1], slots)
+    correct_kv_write(tokens[0], tokens[1], expected[0], expected[1], slots, backend="reference")
+    return not torch.equal(caches, expected)
+
+
+@pytest.mark.parametrize(
+    ("op", "old", "new", "differs"),
+    [
+        ("rms_norm", "axis=1) / DIM", "axis=1) / BLOCK_DIM", norm_differs),
+        ("rms_norm", "/ DIM + eps)", "/ DIM)", norm_of_zero_differs),
+        ("rope", "first * cos - second * sin", "first * cos + second * sin", rotation_differs),
+        ("rope", "(group - num_query_groups) * BLOCK_HEADS", "group * BLOCK_HEADS", rotation_differs),
+        ("kv_write", "(slot % BLOCK_SIZE)", "((slot + 1) % BLOCK_SIZE)", write_differs),
+        ("kv_write", "tl.store(v_cache + target, values", "tl.store(v_cache + target, keys", write_differs),
+    ],
+)
+def test_faults_in_small_operations_are_caught(
+    op: str, old: str, new: str, differs: Callable[..., bool], triton_device: torch.device, tmp_path: Path
+) -> None:
+    assert not differs(getattr(triton_interpreter.load_variant(op, tmp_path, []), op))
+    assert differs(getattr(triton_interpreter.load_variant(op, tmp_path, [(old, new)]), op))
+
+
+NARROW_OFFSETS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch, triton_interpreter
+from paged_problems import Shape, far_apart, make_problem, replace, run_decode
+folder, wide = Path(sys.argv[2]), "mask=visible, other=0).to(tl.int64)"
+with triton_interpreter.interpreted_kernels():
+    problem = make_problem(Shape((1,), (200,), num_kv_heads=1, head_dim=16), torch.float16, torch.device("cpu"))
+    caches = {name: far_apart(getattr(problem, name), 2**29, folder / name) for name in ("k_cache", "v_cache")}
+    new = wide if sys.argv[3] == "wide" else wide.removesuffix(".to(tl.int64)")
+    variant = triton_interpreter.load_variant("paged_decode", folder, [(wide, new)])
+    result = run_decode(replace(problem, **caches), run=variant.paged_decode)
+    sys.exit(0 if torch.equal(result, run_decode(problem, backend="triton")) else 3)
+"""
+
+
+@pytest.mark.parametrize("offsets", ["wide", "narrow"])
+def test_32_bit_offsets_are_caught(offsets: str, tmp_path: Path) -> None:
+    """They wrap around to addresses outside the cache: a wrong result or a crash, so it has a process of its own."""
+    command = [sys.executable, "-c", NARROW_OFFSETS, str(Path(__file__).parent), str(tmp_path), offsets]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    expected = (0,) if offsets == "wide" else (3, -signal.SIGSEGV, -signal.SIGBUS)
+    assert done.returncode in expected, done.stderr
