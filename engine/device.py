@@ -1,0 +1,43 @@
+"""Which device and dtype a model runs in; decided once at start, said in one line when it is not what was asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from quire.config import ConfigError, EngineConfig
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(config: EngineConfig) -> torch.device:
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise ConfigError("--device cuda: torch sees no GPU here; use --device cpu or install torch with CUDA.")
+    if config.device == "cpu" or not available:
+        return torch.device("cpu")
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8 and torch.version.hip is None:
+        raise ConfigError(
+            f"This GPU has compute capability {major}.{minor}; the kernels need 8.0 or newer. Use --device cpu."
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def choose_dtype(config: EngineConfig, checkpoint_dtype: str, device: torch.device) -> torch.dtype:
+    """`auto`: the checkpoint's dtype; on a CPU float32, unless the checkpoint and the processor both have bfloat16."""
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    if device.type == "cpu" and not (checkpoint_dtype == "bfloat16" and cpu_has_bfloat16()):
+        return torch.float32
+    return DTYPES.get(checkpoint_dtype, torch.float32)
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 itself; without it bfloat16 is slower than float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags

@@ -1,0 +1,135 @@
+"""The engine: schedule, build inputs, run the model, sample, update. Everything else is a collaborator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from quire.config import EngineConfig, SchedulerConfig
+from quire.engine.device import choose_device, choose_dtype
+from quire.engine.inputs import InputBuilder
+from quire.engine.kv_storage import KVStorage
+from quire.engine.memory import plan_memory
+from quire.engine.messages import EngineInfo
+from quire.engine.sampler import Sampler
+from quire.models.config import ModelConfig
+from quire.models.loading import load_model
+from quire.scheduler.output import SchedulerStats, StepOutput
+from quire.scheduler.request import Request
+from quire.scheduler.scheduler import Scheduler
+
+DEFAULT_MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
+
+Progress = Callable[[str, int, int], None]
+
+
+def _no_progress(stage: str, done: int, total: int) -> None:
+    return
+
+
+class Engine:
+    """One model on one device. Not thread-safe: one thread adds, aborts and steps.
+
+    Args:
+        config: what to load and how large; `model` is a directory.
+        progress: called with (stage, done, total) while the weights load, in bytes.
+
+    Raises:
+        ConfigError: the model or a flag cannot be used as given.
+    """
+
+    def __init__(self, config: EngineConfig, progress: Progress = _no_progress) -> None:
+        device = choose_device(config)
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        directory = Path(config.model)
+        model_config = ModelConfig.from_hf(directory)
+        dtype = choose_dtype(config, model_config.checkpoint_dtype, device)
+        self._model = load_model(
+            directory,
+            model_config,
+            dtype=dtype,
+            device=device,
+            max_model_len=config.max_model_len,
+            progress=lambda done, total: progress("weights", done, total),
+        )
+        max_num_seqs = config.max_num_seqs or DEFAULT_MAX_NUM_SEQS[device.type]
+        budget = plan_memory(
+            config,
+            model_config,
+            weight_bytes=self._model.weight_bytes,
+            dtype=dtype,
+            device=device,
+            max_num_seqs=max_num_seqs,
+        )
+        self._kv = KVStorage(model_config, budget.num_blocks, config.block_size, dtype, device)
+        self._inputs = InputBuilder(max_num_seqs, budget.max_model_len, config.block_size, device)
+        self._sampler = Sampler(max_num_seqs)
+        self._scheduler = Scheduler(
+            SchedulerConfig(
+                num_blocks=budget.num_blocks,
+                block_size=config.block_size,
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_model_len=budget.max_model_len,
+                enable_prefix_caching=config.enable_prefix_caching,
+                enable_chunked_prefill=config.enable_chunked_prefill,
+                policy=config.scheduling_policy,
+                sliding_window=model_config.uniform_window,
+                cache_namespace=f"{config.model}|{dtype}",
+            )
+        )
+        self.info = EngineInfo(
+            architecture=model_config.architecture,
+            vocab_size=model_config.vocab_size,
+            max_model_len=budget.max_model_len,
+            eos_token_ids=list(model_config.eos_token_ids),
+            block_size=config.block_size,
+            num_blocks=budget.num_blocks,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            dtype=str(dtype).removeprefix("torch."),
+            device=device.type,
+            enable_prefix_caching=config.enable_prefix_caching,
+            memory_budget=budget.lines,
+        )
+
+    @torch.inference_mode()
+    def step(self) -> list[StepOutput]:
+        """Compute one batch; what it brought to each request, empty when there is nothing to do."""
+        batch = self._scheduler.schedule()
+        if batch is None:
+            return []
+        inputs = self._inputs.build(batch)
+        self._kv.copy_blocks(batch.block_copies)
+        logits = self._model.forward(inputs, self._kv.layers)
+        sampled = self._sampler.sample(logits, batch)
+        return self._scheduler.update(batch, sampled)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            AdmissionError: it can never run here.
+            InvalidParameterError: a token id of its parameters lies outside the vocabulary.
+        """
+        request.params.check_vocabulary(self.info.vocab_size)
+        self._scheduler.add(request)
+
+    def abort(self, request_id: str, choice_index: int | None = None) -> None:
+        self._scheduler.abort(request_id, choice_index)
+
+    def has_work(self) -> bool:
+        return self._scheduler.has_work()
+
+    def stats(self) -> SchedulerStats:
+        return self._scheduler.stats()
+
+    def reset_prefix_cache(self) -> None:
+        self._scheduler.reset_prefix_cache()
+
+    def check_integrity(self) -> None:
+        """Walk all bookkeeping; raises scheduler.invariants.InvariantError."""
+        self._scheduler.check_integrity()

@@ -1,0 +1,71 @@
+"""From a scheduled batch to the tensors of one forward pass."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from quire.models.forward_batch import ForwardBatch
+from quire.scheduler.output import ScheduledBatch
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+
+
+class InputBuilder:
+    """Keeps all rows' block tables, [max_num_seqs, max_num_blocks] int32, and changes only what a step changed."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+        self._block_size = block_size
+        self._device = device
+        self._block_tables: Int32Array = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
+
+    def build(self, batch: ScheduledBatch) -> ForwardBatch:
+        for update in batch.block_table_updates:
+            self._block_tables[update.row, update.start : update.start + len(update.block_ids)] = update.block_ids
+        sequences = batch.sequences
+        rows = np.array([sequence.row for sequence in sequences], np.int64)
+        starts = np.array([sequence.num_computed_tokens for sequence in sequences], np.int64)
+        counts = np.array(batch.num_scheduled_tokens, np.int64)
+        seq_lens = starts + counts
+        query_start = np.zeros(len(sequences) + 1, np.int64)
+        np.cumsum(counts, out=query_start[1:])
+        if batch.num_decodes == len(sequences):
+            positions, token_rows = starts, rows
+        else:
+            positions = np.arange(query_start[-1]) + np.repeat(starts - query_start[:-1], counts)
+            token_rows = np.repeat(rows, counts)
+        slot_mapping = (
+            self._block_tables[token_rows, positions // self._block_size].astype(np.int64) * self._block_size
+            + positions % self._block_size
+        )
+        max_seq_len = int(seq_lens.max())
+        used_columns = -(-max_seq_len // self._block_size)
+        return ForwardBatch(
+            token_ids=self._to_device(_token_ids(batch)),
+            positions=self._to_device(positions),
+            slot_mapping=self._to_device(slot_mapping),
+            block_tables=self._to_device(self._block_tables[rows, :used_columns]),
+            seq_lens=self._to_device(seq_lens.astype(np.int32)),
+            query_start=self._to_device(query_start.astype(np.int32)),
+            logits_indices=self._to_device(query_start[1:][batch.sampling] - 1),
+            num_decodes=batch.num_decodes,
+            max_query_len=int(counts[batch.num_decodes :].max(initial=0)),
+            max_seq_len=max_seq_len,
+        )
+
+    def _to_device(self, array: Int32Array | Int64Array) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
+
+
+def _token_ids(batch: ScheduledBatch) -> Int64Array:
+    """The tokens to compute, [T] int64: decodes first, then the slices of the others."""
+    decodes = batch.sequences[: batch.num_decodes]
+    token_ids = [sequence.token_ids[sequence.num_computed_tokens] for sequence in decodes]
+    for index in range(batch.num_decodes, len(batch.sequences)):
+        sequence = batch.sequences[index]
+        start = sequence.num_computed_tokens
+        token_ids += sequence.token_ids[start : start + batch.num_scheduled_tokens[index]]
+    return np.array(token_ids, np.int64)

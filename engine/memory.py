@@ -1,0 +1,128 @@
+"""One memory budget at start, line by line; when it does not fit, the flag and the value that would."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from quire.config import ConfigError, EngineConfig
+from quire.engine.kv_storage import bytes_per_block
+from quire.models.config import ModelConfig
+
+CPU_SHARE_OF_FREE_MEMORY = 0.5
+"""Of the memory that is free once the weights are loaded, so much goes to pages at most on a CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    num_blocks: int
+    max_model_len: int
+    lines: list[str]
+
+
+def plan_memory(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    *,
+    weight_bytes: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_num_seqs: int,
+) -> MemoryBudget:
+    """Decide how many blocks the pool gets. Call it when the weights are on the device.
+
+    Raises:
+        ConfigError: the pool would be empty, or too small for the `max_model_len` that was asked for.
+    """
+    block_bytes = bytes_per_block(model_config, config.block_size, dtype)
+    wanted_len = config.max_model_len or model_config.max_position_embeddings
+    if wanted_len > model_config.max_position_embeddings:
+        raise ConfigError(
+            f"--max-model-len {wanted_len} is longer than the {model_config.max_position_embeddings} positions of this "
+            f"model; use at most {model_config.max_position_embeddings}."
+        )
+    activations = activation_bytes(config, model_config, dtype, max_num_seqs)
+    free = free_memory_bytes(device, config.gpu_memory_utilization) - activations
+    num_blocks = _number_of_blocks(config, block_bytes, free, max_num_seqs, wanted_len)
+    pool_tokens = (num_blocks - 1) * config.block_size
+    if pool_tokens < config.block_size:
+        raise ConfigError(
+            f"No room for a KV-cache: {_mib(max(free, 0))} are free, one block takes {_mib(block_bytes)}. "
+            f"Free memory, use a smaller model, or lower --max-num-batched-tokens ({config.max_num_batched_tokens})."
+        )
+    if config.max_model_len is not None and config.max_model_len > pool_tokens:
+        raise ConfigError(
+            f"--max-model-len {config.max_model_len} does not fit: the KV-cache holds {pool_tokens} tokens. Use "
+            f"--max-model-len {pool_tokens} or --kv-cache-memory-bytes "
+            f"{(-(-config.max_model_len // config.block_size) + 1) * block_bytes}."
+        )
+    max_model_len = min(wanted_len, pool_tokens)
+    lines = [
+        f"weights      {_mib(weight_bytes):>12}  {_dtype_name(dtype)} on {device.type}",
+        f"activations  {_mib(activations):>12}  {config.max_num_batched_tokens} tokens a step, {max_num_seqs} requests",
+        f"KV-cache     {_mib(num_blocks * block_bytes):>12}  {num_blocks - 1} blocks of {config.block_size} = "
+        f"{pool_tokens} tokens",
+        f"context      {max_model_len:>12}  tokens a sequence at most",
+    ]
+    return MemoryBudget(num_blocks, max_model_len, lines)
+
+
+def _number_of_blocks(
+    config: EngineConfig, block_bytes: int, free_bytes: int, max_num_seqs: int, max_model_len: int
+) -> int:
+    if config.num_blocks is not None:
+        return config.num_blocks
+    if config.kv_cache_memory_bytes is not None:
+        if config.kv_cache_memory_bytes > free_bytes:
+            raise ConfigError(
+                f"--kv-cache-memory-bytes {config.kv_cache_memory_bytes} does not fit; "
+                f"{max(free_bytes, 0)} bytes are free beside weights and activations."
+            )
+        return config.kv_cache_memory_bytes // block_bytes
+    enough_for_all = max_num_seqs * -(-max_model_len // config.block_size) + 1
+    return min(free_bytes // block_bytes, enough_for_all)
+
+
+def activation_bytes(config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, max_num_seqs: int) -> int:
+    """Upper estimate of what a step holds beside weights and pages: a layer's inputs and outputs, and the logits."""
+    heads = (model_config.num_heads + 2 * model_config.num_kv_heads) * model_config.head_dim
+    per_token = 4 * model_config.hidden_size + 2 * heads + 3 * model_config.intermediate_size
+    logits = 4 * 4 * max_num_seqs * model_config.vocab_size
+    return config.max_num_batched_tokens * per_token * dtype.itemsize + logits
+
+
+def free_memory_bytes(device: torch.device, utilization: float) -> int:
+    """What pages and activations may take now."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(free - (1 - utilization) * total)
+    return int(_available_host_bytes() * CPU_SHARE_OF_FREE_MEMORY)
+
+
+def _available_host_bytes() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return min(int(line.split()[1]) * 1024, _cgroup_free_bytes())
+    except OSError:
+        pass
+    return 4 * 2**30
+
+
+def _cgroup_free_bytes() -> int:
+    """What a container's memory limit leaves; without a limit, very much."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return 2**62
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
