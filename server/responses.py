@@ -1,0 +1,91 @@
+"""Bodies of answers: declared structs, in the order and with the names of OpenAI and vLLM."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from starlette.responses import Response
+
+from quire.sampling_params import SamplingParams
+
+
+class PromptTokensDetails(msgspec.Struct, frozen=True):
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class EffectiveParams(msgspec.Struct, frozen=True):
+    """The sampling parameters that were really used."""
+
+    n: int
+    max_tokens: int | None
+    min_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    seed: int | None
+    stop: list[str]
+    stop_token_ids: list[int]
+    ignore_eos: bool
+    include_stop_str_in_output: bool
+    skip_special_tokens: bool
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> EffectiveParams:
+        values = {name: getattr(params, name) for name in cls.__struct_fields__}
+        return cls(**{**values, "stop": list(params.stop), "stop_token_ids": list(params.stop_token_ids)})
+
+
+class CompletionChoice(msgspec.Struct):
+    """One choice of an answer, or what one engine step brought to it."""
+
+    index: int
+    text: str
+    logprobs: None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType | None = UNSET
+
+
+class Completion(msgspec.Struct, kw_only=True):
+    """The answer to POST /v1/completions; as a stream, each chunk of it."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    system_fingerprint: None = None
+    warnings: list[str] | UnsetType = UNSET
+    effective_params: EffectiveParams | UnsetType = UNSET
+
+
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
+    return Usage(
+        prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, PromptTokensDetails(cached_tokens)
+    )
+
+
+def warnings_for(ignored: list[str]) -> list[str] | UnsetType:
+    return [f"The field '{name}' was ignored." for name in ignored] if ignored else UNSET
+
+
+def ignored_header(ignored: list[str]) -> dict[str, str]:
+    return {"x-quire-ignored": ",".join(ignored)} if ignored else {}
+
+
+def json_response(body: msgspec.Struct, ignored: list[str] | None = None) -> Response:
+    return Response(
+        msgspec.json.encode(body), headers={"content-type": "application/json", **ignored_header(ignored or [])}
+    )

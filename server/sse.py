@@ -1,0 +1,57 @@
+"""Server-sent events over ASGI: one write per step, comment lines in silence, an end that is always said."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from starlette.types import Send
+
+from quire.server.errors import ApiError
+
+DONE: Final = b"data: [DONE]\n\n"
+PING: Final = b": ping\n\n"
+HEADERS: Final = (
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+)
+
+
+def event(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
+
+
+class EventStream:
+    """The response of one stream. The header goes out with the first write, so that a request which fails before it
+    has anything to show is still answered with a plain status."""
+
+    def __init__(self, send: Send, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        self._send = send
+        self._headers = [*HEADERS, *headers]
+        self.started = False
+        self.ended = False
+        self.last_write = time.monotonic()
+        self.blocked_since: float | None = None
+        """Since when a write has been waiting for the client to read."""
+        # Comment lines are written beside the stream itself.
+        self._lock = asyncio.Lock()
+
+    async def write(self, data: bytes, *, end: bool = False) -> None:
+        """Write, or wait until the client has read enough; if cancelled while it waits, nothing was written."""
+        async with self._lock:
+            self.last_write = self.blocked_since = time.monotonic()
+            try:
+                if not self.started:
+                    await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
+                    self.started = True
+                await self._send({"type": "http.response.body", "body": data, "more_body": not end})
+                self.ended = end
+            finally:
+                self.blocked_since = None
+
+    async def fail(self, error: ApiError) -> None:
+        """End a stream that has begun: the error as an event, then the end that clients wait for."""
+        await self.write(event(error.body()) + DONE, end=True)

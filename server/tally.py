@@ -1,0 +1,106 @@
+"""Running account of one request: what each choice has so far, what it costs, and when it came."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from quire.server.metrics import Metrics
+from quire.server.prompts import PromptJob
+from quire.server.responses import Usage, usage
+
+if TYPE_CHECKING:
+    from quire.engine.output_processor import TextDelta
+
+
+@dataclass(slots=True)
+class ChoiceTally:
+    num_tokens: int = 0
+    num_cached_tokens: int = 0
+    first_token_at: float = 0.0
+    last_token_at: float = 0.0
+    finished: bool = False
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+
+class Tally:
+    """Of all choices of all prompts, keyed by the index that the answer gives them."""
+
+    def __init__(self, jobs: list[PromptJob], n: int, metrics: Metrics) -> None:
+        self._jobs = jobs
+        self._n = n
+        self._metrics = metrics
+        self.begin = self.last_progress = time.monotonic()
+        self.choices = [ChoiceTally() for _ in range(len(jobs) * n)]
+        self._num_unfinished = len(self.choices)
+
+    def index(self, job: PromptJob, choice_index: int) -> int:
+        return choice_index + job.prompt_index * self._n
+
+    def add(self, job: PromptJob, delta: TextDelta) -> ChoiceTally:
+        """Account for one delta; its text and token ids are kept by whoever needs them."""
+        choice = self.choices[self.index(job, delta.choice_index)]
+        now = self.last_progress = time.monotonic()
+        if delta.num_output_tokens > choice.num_tokens:
+            self._observe_tokens(job, delta, choice, now)
+        choice.num_tokens = delta.num_output_tokens
+        choice.num_cached_tokens = delta.num_cached_tokens
+        if delta.finish_reason is not None and not choice.finished:
+            choice.finished = True
+            choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
+            self._num_unfinished -= 1
+            self._observe_finished(choice)
+        return choice
+
+    @property
+    def all_finished(self) -> bool:
+        return self._num_unfinished == 0
+
+    def usage(self) -> Usage:
+        """Of the whole request: each prompt counts once, however many choices it has."""
+        return usage(
+            sum(len(job.token_ids) for job in self._jobs),
+            sum(choice.num_tokens for choice in self.choices),
+            sum(choice.num_cached_tokens for choice in self.choices[:: self._n]),
+        )
+
+    def choice_usage(self, job: PromptJob, choice: ChoiceTally) -> Usage:
+        """Of one choice so far."""
+        return usage(len(job.token_ids), choice.num_tokens, choice.num_cached_tokens)
+
+    def observe_begin(self) -> None:
+        for job in self._jobs:
+            self._metrics.request_prompt_tokens.observe(len(job.token_ids))
+            self._metrics.params_n.observe(job.params.n)
+            self._metrics.params_max_tokens.observe(job.params.max_tokens or 0)
+
+    def observe_end(self) -> None:
+        for choice in self.choices:
+            if not choice.finished:
+                self._metrics.finished("abort")
+
+    def _observe_tokens(self, job: PromptJob, delta: TextDelta, choice: ChoiceTally, now: float) -> None:
+        metrics = self._metrics
+        if choice.num_tokens:
+            metrics.inter_token_latency.observe(now - choice.last_token_at)
+        else:
+            choice.first_token_at = now
+            metrics.time_to_first_token.observe(now - self.begin)
+            if delta.choice_index == 0:
+                metrics.prompt_tokens.inc(len(job.token_ids))
+                metrics.prompt_tokens_cached.inc(delta.num_cached_tokens)
+        metrics.generation_tokens.inc(delta.num_output_tokens - choice.num_tokens)
+        choice.last_token_at = now
+
+    def _observe_finished(self, choice: ChoiceTally) -> None:
+        self._metrics.finished(choice.finish_reason or "stop")
+        self._metrics.request_generation_tokens.observe(choice.num_tokens)
+        self._metrics.latency.observe(time.monotonic() - self.begin)
+        decode_time = choice.last_token_at - choice.first_token_at
+        self._metrics.decode_time.observe(decode_time)
+        if choice.num_tokens > 1:
+            self._metrics.time_per_output_token.observe(decode_time / (choice.num_tokens - 1))

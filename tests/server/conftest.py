@@ -1,0 +1,276 @@
+"""A fake engine client, and the real HTTP front around it on a loopback socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import httpx
+import pytest
+
+from quire.engine.messages import EngineInfo
+from quire.engine.output_processor import TextDelta
+from quire.sampling_params import SamplingParams
+from quire.scheduler.output import SchedulerStats
+from quire.server.app import create_app
+from quire.server.cli import _loop_factory
+from quire.server.guard import Guard
+from quire.server.protocol import ServerConfig
+from quire.server.serve import HttpServer, bind
+from quire.server.settings import Limits, ServerSettings
+
+BOS = 256
+INFO = EngineInfo(
+    architecture="fake",
+    vocab_size=512,
+    max_model_len=256,
+    eos_token_ids=[257],
+    block_size=16,
+    num_blocks=64,
+    max_num_seqs=8,
+    max_num_batched_tokens=512,
+    dtype="float32",
+    device="cpu",
+    enable_prefix_caching=True,
+    memory_budget=["weights 0 B"],
+)
+
+
+class FakeTokenizer:
+    """A token is a byte; 256 begins a text."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [BOS] * add_special_tokens + list(text.encode())
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return bytes(token_id for token_id in token_ids if token_id < BOS).decode(errors="replace")
+
+    def id_to_piece(self, token_id: int) -> str | None:
+        return f"<{token_id}>"
+
+
+class FakeTokenizerPool:
+    def __init__(self) -> None:
+        self.tokenizer = FakeTokenizer()
+        self.num_encoded = 0
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        self.num_encoded += 1
+        return self.tokenizer.encode(text, add_special_tokens)
+
+    async def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens)
+
+
+@dataclass
+class FakeClient:
+    """Answers each prompt with letters that depend on the prompt and the choice; how fast is up to the test."""
+
+    info: EngineInfo = INFO
+    tokenizer: FakeTokenizerPool = field(default_factory=FakeTokenizerPool)
+    step_delay: float = 0.0
+    hold: bool = False
+    """No step happens while set."""
+    alive: bool = True
+    age: float = 0.0
+    step_text: str = ""
+    """What each step adds instead of one letter."""
+    error: Exception | None = None
+    """Raised before step `error_step`."""
+    error_step: int = 0
+    finish_with_error: bool = False
+    num_cached_tokens: int = 0
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    num_open: int = 0
+    num_steps: int = 0
+    """Steps whose deltas were taken."""
+    num_aborted: int = 0
+
+    def stats(self) -> SchedulerStats:
+        return SchedulerStats(num_running=self.num_open, num_free_blocks=48, num_used_blocks=15)
+
+    def progress_age(self) -> float:
+        return self.age
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> AsyncGenerator[list[TextDelta], None]:
+        self.calls.append(
+            {"id": request_id, "ids": prompt_token_ids, "params": params, "priority": priority, "salt": cache_salt}
+        )
+        self.num_open += 1
+        max_tokens = params.max_tokens or 1
+        finished = False
+        try:
+            for step in range(max_tokens):
+                await asyncio.sleep(self.step_delay)
+                while self.hold:  # noqa: ASYNC110 - tests set it from another thread
+                    await asyncio.sleep(0.005)
+                if self.error is not None and step >= self.error_step:
+                    raise self.error
+                last = step + 1 == max_tokens
+                reason = ("error" if self.finish_with_error else "length") if last else None
+                deltas = [self._delta(prompt_token_ids, choice, step, reason) for choice in range(params.n)]
+                finished = last
+                yield deltas
+                self.num_steps += 1
+        finally:
+            self.num_open -= 1
+            if not finished:
+                self.num_aborted += 1
+
+    def _delta(self, prompt: list[int], choice: int, step: int, reason: str | None) -> TextDelta:
+        token_id = 97 + (sum(prompt) + 7 * choice + step) % 26
+        return TextDelta(
+            choice_index=choice,
+            text=self.step_text or chr(token_id),
+            token_ids=[token_id],
+            finish_reason=reason,
+            num_cached_tokens=self.num_cached_tokens,
+            num_output_tokens=step + 1,
+        )
+
+
+class RunningServer:
+    """The front on a port of its own, in a thread of its own."""
+
+    def __init__(self, client: FakeClient, settings: ServerSettings) -> None:
+        self.client = client
+        self.settings = settings
+        self._listener = bind("127.0.0.1", 0, settings.limits)
+        self.port: int = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.app: Guard
+        self.loop: asyncio.AbstractEventLoop
+        self._server: HttpServer
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        assert self._ready.wait(10)
+        self.http = httpx.Client(base_url=self.url, timeout=20)
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.app = create_app(self.client, self.settings)  # type: ignore[arg-type]
+        self._server = HttpServer(ServerConfig(self.app, self.settings.limits))
+        serving = asyncio.ensure_future(self._server.serve(sockets=[self._listener]))
+        await self._server.listening.wait()
+        self._ready.set()
+        await serving
+
+    @property
+    def context(self) -> Any:
+        return self.app.app.state.context
+
+    def call(self, function: Callable[[], Any]) -> None:
+        """Run something on the server's event loop."""
+        done = threading.Event()
+        self.loop.call_soon_threadsafe(lambda: (function(), done.set()))
+        assert done.wait(5)
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+
+    def exchange(self, data: bytes, timeout: float = 5.0) -> bytes:
+        """Send raw bytes; all that comes back until the server closes or is silent for so long."""
+        with self.connect() as connection:
+            connection.settimeout(timeout)
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(data)
+            return read_all(connection)
+
+    def complete(self, **body: Any) -> httpx.Response:
+        return self.http.post("/v1/completions", json={"prompt": "hello", "max_tokens": 4, **body})
+
+    def begin_close(self) -> None:
+        self.client.hold = False
+        self.http.close()
+        self._server.should_exit = True
+
+    def close(self) -> None:
+        self.begin_close()
+        self._thread.join(3)
+        self._server.force_exit = True
+        self._thread.join(3)
+        assert not self._thread.is_alive()
+
+
+def read_all(connection: socket.socket) -> bytes:
+    data = b""
+    with contextlib.suppress(TimeoutError, ConnectionError):
+        while part := connection.recv(65536):
+            data += part
+    return data
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
+
+
+Serve = Callable[..., RunningServer]
+
+
+@pytest.fixture(scope="session")
+def ending() -> Iterator[list[RunningServer]]:
+    """Servers that were told to end: no test waits for the last moments of its own."""
+    servers: list[RunningServer] = []
+    yield servers
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def serve(ending: list[RunningServer]) -> Iterator[Serve]:
+    """Start servers: `serve(client, limits={...}, **settings)`."""
+    running: list[RunningServer] = []
+
+    def start(client: FakeClient | None = None, limits: dict[str, Any] | None = None, **settings: Any) -> RunningServer:
+        given = {"served_model_names": ("fake",), "drain_grace": 0.0, **settings}
+        server = RunningServer(
+            client or FakeClient(), ServerSettings(**given, limits=replace(Limits(), **(limits or {})))
+        )
+        running.append(server)
+        return server
+
+    yield start
+    for server in running:
+        server.begin_close()
+        ending.append(server)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Iterator[RunningServer]:
+    """One server with default settings for tests that change nothing of it."""
+    server = RunningServer(FakeClient(), ServerSettings(served_model_names=("fake",), model_aliases=("./fake",)))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def fake_client() -> type[FakeClient]:
+    return FakeClient
+
+
+@pytest.fixture(scope="session")
+def eventually() -> Callable[..., None]:
+    """`eventually(condition, seconds)`: wait for it."""
+    return wait_until

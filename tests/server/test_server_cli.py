@@ -1,0 +1,220 @@
+"""The command line: flags people know, one line for every mistake, and a light front process."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quire.config import ConfigError, ExitCode
+from quire.server.checkpoint import model_name, read_generation_defaults
+from quire.server.cli import main, make_parser
+from quire.server.flags import engine_config, key_digests, server_settings
+from quire.server.sampling_flags import sampling_params
+from quire.server.settings import GenerationDefaults, Limits, ServerSettings
+
+
+def parse(*arguments: str) -> Namespace:
+    return make_parser().parse_args(["serve", *arguments])
+
+
+def quire(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "quire", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("4096", 4096), ("32k", 32_000), ("32K", 32_768), ("1.5k", 1500), ("1m", 10**6), ("auto", None), ("-1", None)],
+)
+def test_model_lengths(text: str, value: int | None) -> None:
+    assert parse(f"--max-model-len={text}").max_model_len == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1073741824", 2**30),
+        ("2GiB", 2**31),
+        ("2 GiB", 2**31),
+        ("2GB", 2 * 10**9),
+        ("512M", 512 * 2**20),
+        ("512m", 512 * 10**6),
+        ("0.5G", 2**29),
+        ("64B", 64),
+    ],
+)
+def test_byte_sizes(text: str, value: int) -> None:
+    assert parse("--kv-cache-memory-bytes", text).kv_cache_memory_bytes == value
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--no-such-flag"],
+        ["--max-model-len", "many"],
+        ["--max-model-len", "1.0001k"],
+        ["--kv-cache-memory-bytes", "2 GiBB"],
+        ["--port", "99999"],
+        ["--port", "x"],
+        ["--block-size", "17"],
+        ["--dtype", "int3"],
+        ["--gpu-memory-utilization", "1.5"],
+        ["--max-num-seqs", "0"],
+        ["--queue-timeout", "0"],
+        ["--shutdown-timeout", "nan"],
+        ["--host", "0.0.0.0"],
+        ["--api-key", "two words"],
+        ["--api-key-file", "/nonexistent"],
+        ["--max-num-queued-reqs", "0"],
+        ["a", "b", "c"],
+    ],
+)
+def test_bad_flags_are_one_line_and_exit_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("QUIRE_API_KEY", raising=False)
+    try:
+        code: Any = main(["serve", *arguments])
+    except SystemExit as error:
+        code = error.code
+    assert code == ExitCode.BAD_ARGUMENTS
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("quire")
+    assert output.err.count("\n") == 1
+
+
+def test_no_command_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main([])
+    assert error.value.code == ExitCode.BAD_ARGUMENTS
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_missing_model_is_one_line_and_exit_4() -> None:
+    done = quire("serve", "./no/such/model", "--port", "0")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (ExitCode.START_FAILED, "", 1), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_taken_port_is_one_line_and_exit_4_before_anything_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = quire("serve", "--port", str(taken.getsockname()[1]))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (ExitCode.START_FAILED, "", 1), done.stderr
+    assert done.stderr.startswith("quire: Cannot bind 127.0.0.1:")
+
+
+def test_help_has_units_and_defaults() -> None:
+    done = quire("serve", "--help")
+    assert done.returncode == 0
+    text = " ".join(done.stdout.split())
+    for part in ("--max-model-len TOKENS", "2GiB, 512M", "(default: 8000)", "(default: 127.0.0.1)", "(default: 0.92)"):
+        assert part in text
+    for flag in (
+        *("--host", "--port", "--dtype", "--device", "--served-model-name", "--max-num-seqs", "--block-size"),
+        *("--max-num-batched-tokens", "--num-gpu-blocks-override", "--no-enable-prefix-caching", "--api-key"),
+        *("--no-enable-chunked-prefill", "--scheduling-policy", "--api-key-file", "--allow-no-auth", "--seed"),
+        *("--allowed-hosts", "--num-threads", "--shutdown-timeout", "--drain-grace", "--max-num-queued-reqs"),
+        *("--strict", "--sse-keep-alive-interval", "--no-enable-log-requests"),
+    ):
+        assert flag in text, flag
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["quire.server.cli", "quire.server.app", "quire.server.serve", "quire.server.generate", "quire.server.checkpoint"],
+)
+def test_front_process_stays_light(module: str) -> None:
+    code = f"import sys, {module}; print(*({{'torch', 'triton', 'numba', 'transformers'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_flags_reach_the_configuration(tmp_path: Path) -> None:
+    flags = parse(
+        *("--max-model-len", "2k", "--max-num-seqs", "4", "--num-gpu-blocks-override", "99", "--seed", "7"),
+        *("--no-enable-prefix-caching", "--no-enable-chunked-prefill", "--scheduling-policy", "priority"),
+        *("--dtype", "float32", "--device", "cpu", "--block-size", "32", "--num-threads", "1"),
+    )
+    config = engine_config(flags, tmp_path)
+    assert (config.model, config.max_model_len, config.max_num_seqs, config.num_blocks) == (str(tmp_path), 2000, 4, 99)
+    assert (config.enable_prefix_caching, config.enable_chunked_prefill) == (False, False)
+    assert (config.scheduling_policy, config.dtype, config.device) == ("priority", "float32", "cpu")
+    assert (config.block_size, config.num_threads, config.seed) == (32, 1, 7)
+    flags = parse(
+        "m", "--served-model-name", "a", "b", "--strict", "--max-num-queued-reqs", "3", "--max-body-bytes", "1M"
+    )
+    settings = server_settings(flags, "m", GenerationDefaults(top_k=5))
+    assert (settings.served_model_names, settings.strict) == (("a", "b"), True)
+    assert (settings.limits.max_queued_requests, settings.limits.max_body_bytes) == (3, 2**20)
+    assert settings.generation_defaults.top_k == 5
+    assert not settings.serves("m")
+
+
+def test_defaults_of_the_flags_are_those_of_the_settings() -> None:
+    assert server_settings(parse(), "m", GenerationDefaults()) == ServerSettings(served_model_names=("m",))
+
+
+def test_open_bind_needs_a_key_or_a_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("QUIRE_API_KEY", raising=False)
+    defaults = GenerationDefaults()
+    for host in ("0.0.0.0", "::", "10.0.0.5", "example.org", ""):
+        with pytest.raises(ConfigError, match="open to other machines"):
+            server_settings(parse("--host", host), "m", defaults)
+    assert server_settings(parse("--host", "0.0.0.0", "--allow-no-auth"), "m", defaults).allowed_hosts[-1] == "<ip>"
+    path = tmp_path / "keys"
+    path.write_text("k\n")
+    assert server_settings(parse("--host", "0.0.0.0", "--api-key-file", str(path)), "m", defaults).allowed_hosts == (
+        "*",
+    )
+    monkeypatch.setenv("QUIRE_API_KEY", "k")
+    assert len(key_digests(parse("--api-key", "k", "--api-key", "l", "--api-key-file", str(path)))) == 2
+    given = server_settings(parse("--host", "0.0.0.0", "--allowed-hosts", "A.example"), "m", defaults)
+    assert given.allowed_hosts == ("a.example",)
+
+
+def test_names_of_models(tmp_path: Path) -> None:
+    (tmp_path / "llama").mkdir()
+    assert model_name(None) == "tales"
+    assert model_name(str(tmp_path / "llama")) == "llama"
+    assert model_name("org/name") == "org/name"
+
+
+def test_generation_config_gives_defaults_and_says_what_is_not_honoured(tmp_path: Path) -> None:
+    assert read_generation_defaults(tmp_path) == (GenerationDefaults(), [])
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.05, "do_sample": true}')
+    defaults, warnings = read_generation_defaults(tmp_path)
+    assert defaults == GenerationDefaults(temperature=0.6, top_p=0.95, top_k=20)
+    assert len(warnings) == 1
+    assert "repetition_penalty=1.05" in warnings[0]
+    for content in ("[]", "{", '{"temperature": "hot"}', '{"top_p": 7}', '{"top_k": NaN}', "[" * 100_000):
+        path.write_text(content)
+        with pytest.raises(ConfigError, match=r"generation_config\.json"):
+            read_generation_defaults(tmp_path)
+
+
+def test_sampling_flags() -> None:
+    flags = make_parser().parse_args(
+        ["generate", "Once", "--max-tokens", "5", "--top-p", "0.5", "--stop", "a", "--stop", "b"]
+    )
+    assert (flags.model, flags.prompt) == (None, "Once")
+    params = sampling_params(flags, GenerationDefaults(temperature=0.6))
+    assert (params.max_tokens, params.temperature, params.top_p, params.stop) == (5, 0.6, 0.5, ("a", "b"))
+    flags = make_parser().parse_args(["generate", "model", "Once", "--temperature", "3"])
+    assert (flags.model, flags.prompt) == ("model", "Once")
+    with pytest.raises(ConfigError):
+        sampling_params(flags, GenerationDefaults())
+
+
+def test_limits_are_positive() -> None:
+    with pytest.raises(ConfigError):
+        Limits(stall_timeout=0)
+    with pytest.raises(ConfigError):
+        Limits(max_body_bytes=-1)

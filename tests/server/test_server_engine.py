@@ -1,0 +1,208 @@
+"""`quire serve` as people run it: the bundled model, the real engine in its own process, signals, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from quire.config import ExitCode
+from quire.tales import MODEL_DIR
+
+pytestmark = pytest.mark.skipif(
+    not (MODEL_DIR / "model.safetensors").is_file(), reason="the bundled model's weights are not here"
+)
+
+
+class Quire:
+    """A `quire serve` process."""
+
+    def __init__(self, *flags: str) -> None:
+        command = [sys.executable, "-m", "quire", "serve", "--port", "0", "--num-threads", "1", *flags]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.lines: list[str] = []
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if match := re.search(r"^Ready: (\S+) at (\S+)$", line):
+                self.model, self.url = match[1], match[2]
+                break
+        else:
+            pytest.fail(self.end()[1])
+        self.http = httpx.Client(base_url=self.url, timeout=120)
+
+    @property
+    def engine_pid(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        (pid,) = map(int, children)
+        return pid
+
+    def complete(self, **body: Any) -> httpx.Response:
+        return self.http.post("/v1/completions", json={"prompt": "Once upon a time", "max_tokens": 16, **body})
+
+    def end(self, *signals: int, seconds: float = 30.0) -> tuple[int, str]:
+        """Send signals, one after the other; the exit code and what was logged."""
+        for number in signals:
+            self.process.send_signal(number)
+            time.sleep(0.2)
+        _, log = self.process.communicate(timeout=seconds)
+        if hasattr(self, "http"):
+            self.http.close()
+        return self.process.returncode, log
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def tales() -> Iterator[Quire]:
+    """One server for all tests here; it ends as a server does that is told twice to go while it streams."""
+    server = Quire("--max-num-seqs", "16")
+    try:
+        server.complete(max_tokens=1)
+        yield server
+        pid = server.engine_pid
+        thread, answers = in_background(lambda: server.complete(max_tokens=1000, stream=True, ignore_eos=True, n=4))
+        while not server.http.get("/health/ready").json()["running"]:
+            time.sleep(0.02)
+        begin = time.monotonic()
+        code, log = server.end(signal.SIGTERM, signal.SIGTERM)
+        assert time.monotonic() - begin < 4
+        thread.join()
+        assert code == ExitCode.DRAIN_DEADLINE, log
+        assert "Traceback" not in log
+        assert last_error(answers[0]) == "server_shutdown"
+        assert not Path(f"/proc/{pid}").exists()
+    finally:
+        server.kill()
+
+
+def in_background(function: Callable[[], httpx.Response]) -> tuple[threading.Thread, list[httpx.Response]]:
+    answers: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: answers.append(function()))
+    thread.start()
+    return thread, answers
+
+
+def last_error(response: httpx.Response) -> str:
+    assert response.text.endswith("data: [DONE]\n\n")
+    code: str = json.loads(response.text.split("\n\n")[-3][6:])["error"]["code"]
+    return code
+
+
+def text_of_stream(response: httpx.Response) -> str:
+    assert response.text.endswith("data: [DONE]\n\n")
+    chunks = [json.loads(line[6:]) for line in response.text.split("\n\n") if line.startswith("data: {")]
+    return "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])
+
+
+def test_start_prints_the_budget_and_a_line_to_paste(tales: Quire) -> None:
+    text = "".join(tales.lines)
+    assert "KV-cache" in text
+    assert tales.model == "tales"
+
+
+@pytest.mark.parametrize("body", [{"temperature": 0}, {"seed": 7, "temperature": 1.0}, {"seed": 7, "stop": [" the"]}])
+def test_stream_and_whole_answer_agree(tales: Quire, body: dict[str, Any]) -> None:
+    whole = tales.complete(max_tokens=48, **body).json()
+    assert text_of_stream(tales.complete(max_tokens=48, stream=True, **body)) == whole["choices"][0]["text"]
+    if "stop" in body:
+        assert whole["choices"][0]["stop_reason"] == " the"
+        assert " the" not in whole["choices"][0]["text"]
+
+
+def test_second_time_the_prompt_is_cached(tales: Quire) -> None:
+    prompt = "There was once upon a time a queen who had a little daughter, and a stepmother who was a witch. " * 3
+    first, second = (tales.complete(prompt=prompt, temperature=0).json() for _ in range(2))
+    assert first["choices"][0]["text"] == second["choices"][0]["text"]
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= 16
+    salted = tales.complete(prompt=prompt, temperature=0, cache_salt="other").json()
+    assert salted["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_many_at_once_say_what_one_alone_says(tales: Quire) -> None:
+    prompts = [f"The {animal} went into the wood" for animal in ("fox", "wolf", "hare", "bear", "frog", "goose")]
+    alone = [tales.complete(prompt=prompt, temperature=0).json()["choices"][0]["text"] for prompt in prompts]
+    together = tales.complete(prompt=prompts, temperature=0).json()
+    assert [choice["text"] for choice in together["choices"]] == alone
+    choices = tales.complete(n=4, seed=3).json()["choices"]
+    assert len({choice["text"] for choice in choices}) > 1
+
+
+def test_tokens_and_text_agree(tales: Quire) -> None:
+    ids = tales.http.post("/tokenize", json={"prompt": "Once upon a time"}).json()["tokens"]
+    by_ids = tales.complete(prompt=ids, temperature=0, return_token_ids=True, echo=True).json()["choices"][0]
+    by_text = tales.complete(temperature=0, return_token_ids=True, echo=True).json()["choices"][0]
+    assert by_ids["text"] == by_text["text"]
+    assert by_text["text"].startswith("Once upon a time")
+    assert by_ids["token_ids"] == by_text["token_ids"]
+    assert by_ids["token_ids"][: len(ids)] == ids
+
+
+def test_clients_that_leave_give_their_blocks_back(tales: Quire) -> None:
+    baseline = tales.http.get("/health/ready").json()["free_blocks"]
+    body = {"prompt": "Once", "max_tokens": 900, "stream": True, "ignore_eos": True, "n": 3}
+    for _ in range(3):
+        with tales.http.stream("POST", "/v1/completions", json=body) as response:
+            next(response.iter_raw())
+    deadline = time.monotonic() + 10
+    while (state := tales.http.get("/health/ready").json())["running"] or state["free_blocks"] != baseline:
+        # Figures are those of the last step, so there has to be one.
+        tales.complete(max_tokens=1)
+        assert time.monotonic() < deadline, state
+
+
+def test_too_long_and_unknown(tales: Quire) -> None:
+    error = tales.complete(max_tokens=100_000).json()["error"]
+    assert error["message"].startswith("This model's maximum context length is")
+    assert tales.complete(model="other").status_code == 404
+
+
+def test_openai_sdk_against_the_engine(tales: Quire) -> None:
+    with openai.OpenAI(base_url=tales.url + "/v1", api_key="none", max_retries=0) as client:
+        whole = client.completions.create(model="tales", prompt="Once upon", max_tokens=12, temperature=0)
+        parts = client.completions.create(model="tales", prompt="Once upon", max_tokens=12, temperature=0, stream=True)
+        assert "".join(chunk.choices[0].text for chunk in parts) == whole.choices[0].text
+
+
+def test_idle_server_ends_cleanly() -> None:
+    server = Quire("--drain-grace", "0.2")
+    try:
+        pid = server.engine_pid
+        code, log = server.end(signal.SIGTERM)
+    finally:
+        server.kill()
+    assert code == ExitCode.CLEAN, log
+    assert "Traceback" not in log
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_death_of_the_engine_is_told_and_is_an_exit_code() -> None:
+    server = Quire("--drain-grace", "0.5")
+    try:
+        pid = server.engine_pid
+        thread, answers = in_background(lambda: server.complete(max_tokens=1000, ignore_eos=True))
+        while server.http.get("/load").json() == {"server_load": 0}:
+            time.sleep(0.02)
+        os.kill(pid, signal.SIGKILL)
+        thread.join()
+        assert answers[0].json()["error"]["code"] == "engine_unavailable"
+        assert server.http.get("/health").status_code == 503
+        code, log = server.end()
+    finally:
+        server.kill()
+    assert code == ExitCode.ENGINE_LOST, log
+    assert "Traceback" not in log
