@@ -1,11 +1,11 @@
-"""Measure the kernels on the device at hand against plain torch: medians, ratios and how near the memory's speed they are.
+"""Measure the kernels on the device at hand against plain torch: medians, ratios, and how near the memory's speed.
 
     python benchmarks/kernels.py [--dtype bfloat16] [--output kernels.json]
 
 The peer of attention gathers the pages into one tensor and calls scaled_dot_product_attention; that of the small
 operations is written in plain torch. Both are timed turn by turn in the same run, and only after their results agree.
 `floor` is the time to move the bytes that must move, at the speed of a copy measured first; for a prefill, which
-computes rather than reads, TFLOP/s say more.
+computes rather than reads, TFLOP/s say more, and a few tokens stay in the processor's own cache and can beat it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from quire.kernels.backend import Backend
 from quire.kernels.kv_write import kv_write
 from quire.kernels.paged_decode import paged_decode
 from quire.kernels.paged_prefill import paged_prefill
@@ -33,8 +34,7 @@ EPS = 1e-6
 NUM_COPIES = 4
 """Caches that calls rotate over, so that a small one is not read from the processor's own cache."""
 
-Run = Callable[[int], torch.Tensor]
-"""Calls an operation on the n-th copy of its inputs."""
+Run = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Case:
+    """`ours` and `peer` take one of `inputs`, which they may overwrite."""
+
     name: str
     ours: Run
     peer: Run
+    inputs: list[tuple[torch.Tensor, ...]]
     num_bytes: int
     num_flops: int = 0
 
@@ -81,12 +84,12 @@ def timed(call: Callable[[], object], device: torch.device, num_calls: int) -> f
     return (time.perf_counter() - started) / num_calls
 
 
-def repeatable(run: Run, device: torch.device) -> Callable[[], object]:
-    """One call that runs all copies: on a GPU a captured graph, which leaves launching out of the figure."""
+def repeatable(run: Run, inputs: list[tuple[torch.Tensor, ...]], device: torch.device) -> Callable[[], object]:
+    """One call that runs all inputs: on a GPU a captured graph, which leaves launching out of the figure."""
 
     def run_all() -> None:
-        for copy in range(NUM_COPIES):
-            run(copy)
+        for tensors in inputs:
+            run(*tensors)
 
     run_all()
     if device.type != "cuda":
@@ -99,14 +102,15 @@ def repeatable(run: Run, device: torch.device) -> Callable[[], object]:
 
 def measure(case: Case, device: torch.device, bytes_per_second: float, seconds: float) -> Row:
     """Alternate ours and the peer for about `seconds`, after checking that they agree."""
-    torch.testing.assert_close(case.ours(0), case.peer(0), atol=2e-2, rtol=2e-2)
-    calls = [repeatable(case.ours, device), repeatable(case.peer, device)]
+    results = [run(*(tensor.clone() for tensor in case.inputs[0])) for run in (case.ours, case.peer)]
+    torch.testing.assert_close(*results, atol=2e-2, rtol=2e-2)
+    calls = [repeatable(run, case.inputs, device) for run in (case.ours, case.peer)]
     num_calls = [max(1, int(0.005 / timed(call, device, 1))) for call in calls]
     times: list[list[float]] = [[], []]
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline or len(times[1]) < 5:
         for call, number, measured in zip(calls, num_calls, times, strict=True):
-            measured.append(timed(call, device, number) / NUM_COPIES)
+            measured.append(timed(call, device, number) / len(case.inputs))
     ours, peer = (statistics.median(measured) for measured in times)
     floor = case.num_bytes / bytes_per_second
     return Row(case.name, ours * 1e6, peer * 1e6, peer / ours, floor * 1e6, floor / ours, case.num_flops / ours / 1e12)
@@ -145,14 +149,13 @@ def attention_case(
     if query_len > 1:
         visible = torch.ones((query_len, seq_len), dtype=torch.bool, device=device).tril(seq_len - query_len)
 
-    def ours(copy: int) -> torch.Tensor:
-        k_cache, v_cache = caches[copy]
+    def ours(k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
         if query_len == 1:
             return paged_decode(query, k_cache, v_cache, tables, seq_lens, scale)
         return paged_prefill(query, k_cache, v_cache, tables, seq_lens, starts, scale, query_len)
 
-    def peer(copy: int) -> torch.Tensor:
-        keys, values = (gathered(cache, tables) for cache in caches[copy])
+    def peer(k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
+        keys, values = gathered(k_cache, tables), gathered(v_cache, tables)
         rows = query.view(num_seqs, query_len, model.num_heads, model.head_dim).transpose(1, 2)
         is_causal = query_len == seq_len
         mask = None if is_causal else visible
@@ -165,15 +168,17 @@ def attention_case(
     seen_per_head = num_seqs * (query_len * seq_len - query_len * (query_len - 1) // 2)
     kind = "decode" if query_len == 1 else "prefill"
     name = f"{kind} {num_seqs} x {query_len} of {seq_len}"
-    return Case(name, ours, peer, num_bytes, 4 * seen_per_head * model.num_heads * model.head_dim)
+    inputs = [(keys, values) for keys, values in caches]
+    return Case(name, ours, peer, inputs, num_bytes, 4 * seen_per_head * model.num_heads * model.head_dim)
 
 
 def small_cases(model: Model, num_tokens: int, dtype: torch.dtype, device: torch.device) -> list[Case]:
     """Norm with residual, rotation and cache write of one layer."""
     heads, kv_heads, head_dim = model.num_heads, model.num_kv_heads, model.head_dim
     hidden = torch.randn((NUM_COPIES, 2, num_tokens, heads * head_dim), dtype=dtype, device=device)
-    weight = torch.ones(heads * head_dim, dtype=dtype, device=device)
     qkv = torch.randn((NUM_COPIES, num_tokens, heads + 2 * kv_heads, head_dim), dtype=dtype, device=device)
+    projections = [copy.split([heads, kv_heads, kv_heads], dim=1) for copy in qkv]
+    weight = torch.ones(heads * head_dim, dtype=dtype, device=device)
     positions = torch.arange(num_tokens, device=device)
     angles = torch.rand((num_tokens, head_dim // 2), device=device)
     table = torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -181,41 +186,31 @@ def small_cases(model: Model, num_tokens: int, dtype: torch.dtype, device: torch
     cache = torch.zeros((2, num_blocks, kv_heads, BLOCK_SIZE, head_dim), dtype=dtype, device=device)
     slots = torch.randperm(num_tokens, device=device) + BLOCK_SIZE
 
-    def norm(backend: str) -> Run:
-        def run(copy: int) -> torch.Tensor:
-            x, residual = hidden[copy]
-            if copy == 0:  # the copy that is compared: its residual must not drift
-                residual = residual.clone()
-            return rms_norm(x, weight, EPS, residual, backend=backend)  # type: ignore[arg-type]
+    def norm(backend: Backend) -> Run:
+        return lambda x, residual: rms_norm(x, weight, EPS, residual, backend=backend)
 
-        return run
-
-    def rotation(backend: str) -> Run:
-        def run(copy: int) -> torch.Tensor:
-            query, key, _ = qkv[copy].split([heads, kv_heads, kv_heads], dim=1)
-            if copy == 0:
-                query, key = query.clone(), key.clone()
-            rope(query, key, positions, table, backend=backend)  # type: ignore[arg-type]
+    def rotation(backend: Backend) -> Run:
+        def run(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            rope(query, key, positions, table, backend=backend)
             return query
 
         return run
 
-    def write(backend: str) -> Run:
-        def run(copy: int) -> torch.Tensor:
-            _, key, value = qkv[copy].split([heads, kv_heads, kv_heads], dim=1)
-            kv_write(key, value, cache[0], cache[1], slots, backend=backend)  # type: ignore[arg-type]
+    def write(backend: Backend) -> Run:
+        def run(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            kv_write(key, value, cache[0], cache[1], slots, backend=backend)
             return cache
 
         return run
 
-    elements = {
-        "norm": (4 * hidden[0, 0].numel(), norm),
-        "rope": (2 * num_tokens * (heads + kv_heads) * head_dim, rotation),
-        "kv_write": (4 * num_tokens * kv_heads * head_dim, write),
-    }
+    operations = [
+        ("norm", norm, 4 * num_tokens * heads * head_dim, [(x, residual) for x, residual in hidden]),
+        ("rope", rotation, 2 * num_tokens * (heads + kv_heads) * head_dim, [(q, k) for q, k, _ in projections]),
+        ("kv_write", write, 4 * num_tokens * kv_heads * head_dim, [(k, v) for _, k, v in projections]),
+    ]
     return [
-        Case(f"{name} {num_tokens} tokens", run("auto"), run("reference"), number * dtype.itemsize)
-        for name, (number, run) in elements.items()
+        Case(f"{name} {num_tokens} tokens", make("auto"), make("reference"), inputs, elements * dtype.itemsize)
+        for name, make, elements, inputs in operations
     ]
 
 

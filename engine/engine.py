@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,7 +79,7 @@ class Engine:
                 enable_chunked_prefill=config.enable_chunked_prefill,
                 policy=config.scheduling_policy,
                 sliding_window=model_config.uniform_window,
-                cache_namespace=f"{config.model}|{dtype}",
+                cache_namespace=f"{config.model}|{dtype}|{secrets.token_hex(16)}",
             )
         )
         self.info = EngineInfo(

@@ -34,7 +34,7 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
 
 
 class ResetPrefixCache(msgspec.Struct, tag=True, frozen=True):
-    """Forget every cached block that no live sequence uses."""
+    """Forget all prefix-cache keys; live sequences keep their blocks."""
 
 
 class Shutdown(msgspec.Struct, tag=True, frozen=True):

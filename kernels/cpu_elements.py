@@ -13,6 +13,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 FLOAT32, FLOAT16, BFLOAT16 = types.float32, types.int16, types.uint16
@@ -69,15 +70,30 @@ def _integer(value: int, shape: Value) -> Value:
     return ir.Constant(shape, [value] * shape.count if isinstance(shape, ir.VectorType) else value)
 
 
+def _target() -> tuple[str, str]:
+    """The architecture and the features that Numba compiles for."""
+    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return triple.partition("-")[0], features
+
+
+def has_feature(name: str) -> bool:
+    return f"+{name}" in _target()[1].split(",")
+
+
+_CONVERTS_HALF = has_feature("f16c") or _target()[0] in ("aarch64", "arm64")  # elsewhere LLVM calls what is not there
+
+
 def widen(builder: Builder, element: Value, kind: types.Type) -> Value:
     """float32 from an element or a vector of elements."""
     if kind == FLOAT32:
         return element
-    wide = _like(F32, element.type)
     if kind == FLOAT16:
-        return builder.fpext(builder.bitcast(element, _like(_F16, element.type)), wide)
+        if not _CONVERTS_HALF:
+            return widen_half_bits(builder, element)
+        return builder.fpext(builder.bitcast(element, _like(_F16, element.type)), _like(F32, element.type))
     integers = _like(I32, element.type)
-    return builder.bitcast(builder.shl(builder.zext(element, integers), _integer(16, integers)), wide)
+    bits = builder.shl(builder.zext(element, integers), _integer(16, integers))
+    return builder.bitcast(bits, _like(F32, element.type))
 
 
 def narrow(builder: Builder, value: Value, kind: types.Type) -> Value:
@@ -86,6 +102,8 @@ def narrow(builder: Builder, value: Value, kind: types.Type) -> Value:
         return value
     short = _like(_I16, value.type)
     if kind == FLOAT16:
+        if not _CONVERTS_HALF:
+            return narrow_half_bits(builder, value)
         return builder.bitcast(builder.fptrunc(value, _like(_F16, value.type)), short)
     integers = _like(I32, value.type)
     bits = builder.bitcast(value, integers)
@@ -94,6 +112,39 @@ def narrow(builder: Builder, value: Value, kind: types.Type) -> Value:
     quiet = builder.or_(bits, _integer(0x400000, integers))
     bits = builder.select(builder.fcmp_unordered("uno", value, value), quiet, rounded)
     return builder.trunc(builder.lshr(bits, _integer(16, integers)), short)
+
+
+def widen_half_bits(builder: Builder, element: Value) -> Value:
+    """float16 to float32 without the instruction: shift the fields, then correct the exponent by 2 ** 112."""
+    integers, wide = _like(I32, element.type), _like(F32, element.type)
+    bits = builder.zext(element, integers)
+    sign = builder.shl(builder.and_(bits, _integer(0x8000, integers)), _integer(16, integers))
+    fields = builder.shl(builder.and_(bits, _integer(0x7FFF, integers)), _integer(13, integers))
+    scale = builder.bitcast(_integer((112 + 127) << 23, integers), wide)
+    finite = builder.bitcast(builder.fmul(builder.bitcast(fields, wide), scale), integers)
+    special = builder.or_(fields, _integer(0x7F800000, integers))
+    is_special = builder.icmp_unsigned(">=", fields, _integer(0x7C00 << 13, integers))
+    return builder.bitcast(builder.or_(sign, builder.select(is_special, special, finite)), wide)
+
+
+def narrow_half_bits(builder: Builder, value: Value) -> Value:
+    """float32 to float16 without the instruction, ties to even."""
+    integers, wide = _like(I32, value.type), value.type
+    bits = builder.bitcast(value, integers)
+    sign = builder.lshr(builder.and_(bits, _integer(0x80000000, integers)), _integer(16, integers))
+    bits = builder.and_(bits, _integer(0x7FFFFFFF, integers))
+    odd = builder.and_(builder.lshr(bits, _integer(13, integers)), _integer(1, integers))
+    rounded = builder.add(bits, builder.add(odd, _integer(0xFFF - (112 << 23), integers)))
+    normal = builder.lshr(rounded, _integer(13, integers))
+    # Added to 0.5, whose last place is 2 ** -24, a number below 2 ** -14 is rounded by the addition itself.
+    half = _integer(126 << 23, integers)
+    total = builder.fadd(builder.bitcast(bits, wide), builder.bitcast(half, wide))
+    subnormal = builder.sub(builder.bitcast(total, integers), half)
+    result = builder.select(builder.icmp_unsigned("<", bits, _integer(113 << 23, integers)), subnormal, normal)
+    is_nan = builder.icmp_unsigned(">", bits, _integer(0x7F800000, integers))
+    special = builder.select(is_nan, _integer(0x7E00, integers), _integer(0x7C00, integers))
+    result = builder.select(builder.icmp_unsigned(">=", bits, _integer(143 << 23, integers)), special, result)
+    return builder.trunc(builder.or_(sign, result), _like(_I16, value.type))
 
 
 @emitted(lambda pointer, index: types.float32)

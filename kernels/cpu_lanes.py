@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import llvmlite.binding as llvm
 import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from quire.kernels.cpu_elements import F32, I32, I64, Builder, Value, widen
+from quire.kernels.cpu_elements import F32, I32, I64, Builder, Value, has_feature, widen
 
-LANES = 16 if llvm.get_host_cpu_features().get("avx512f", False) else 8
+LANES = 16 if has_feature("avx512f") else 8
 NUM_SUMS = LANES  # vectors that stay in registers as sums: half of the 32 of AVX-512, of the 16 of AVX2
 LOWEST = -3.4028234663852886e38
 

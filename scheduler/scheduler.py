@@ -248,8 +248,7 @@ class Scheduler:
         if sequence.followers:
             self._fork_followers(sequence)
         block_size = self.config.block_size
-        end_of_block, last = end - end % block_size + block_size, sequence.max_num_tokens - 1
-        sequence.next_review = end_of_block if end_of_block < last else last
+        sequence.next_review = min((end // block_size + 1) * block_size, sequence.max_num_tokens - 1)
         return sequence.finish_reason()
 
     def _fail(self, sequence: Sequence) -> StepOutput:

@@ -138,6 +138,9 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     _switch(server, "--strict", False, "refuse unknown request fields instead of reporting them")
     _switch(server, "--enable-log-requests", False, "one line per request; never prompts or keys")
     server.add_argument(
+        "--disable-log-requests", action="store_false", dest="enable_log_requests", help=argparse.SUPPRESS
+    )
+    server.add_argument(
         "--sse-keep-alive-interval",
         type=seconds,
         default=settings.sse_keep_alive_interval,

@@ -161,6 +161,12 @@ def test_defaults_of_the_flags_are_those_of_the_settings() -> None:
     assert server_settings(parse(), "m", GenerationDefaults()) == ServerSettings(served_model_names=("m",))
 
 
+def test_old_name_of_a_flag() -> None:
+    assert not parse("--disable-log-requests").enable_log_requests
+    assert parse("--enable-log-requests").enable_log_requests
+    assert not parse().enable_log_requests
+
+
 def test_open_bind_needs_a_key_or_a_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("QUIRE_API_KEY", raising=False)
     defaults = GenerationDefaults()

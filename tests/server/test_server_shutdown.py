@@ -104,7 +104,7 @@ def last_error(response: httpx.Response) -> str:
 
 
 def test_idle_server_leaves_after_the_grace(served: Any) -> None:
-    server = served(drain_grace=0.3)
+    server = served(drain_grace=1.0)
     server.signal()
     assert server.http.get("/health/ready").json()["reason"] == "draining"
     assert server.http.get("/health").status_code == 503
@@ -138,12 +138,12 @@ def test_running_requests_finish(served: Any, fake_client: Any, eventually: Any,
 
 
 def test_port_closes_after_the_grace_while_requests_run(served: Any, fake_client: Any, eventually: Any) -> None:
-    server = served(fake_client(step_delay=0.15), drain_grace=0.2)
+    server = served(fake_client(step_delay=0.15), drain_grace=0.5)
     pending = server.start()
     eventually(lambda: server.client.num_steps >= 1)
     server.signal()
     assert httpx.get(f"{server.url}/health/ready").status_code == 503
-    time.sleep(0.4)
+    time.sleep(0.7)
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{server.url}/health/ready")
     assert pending.wait().status_code == 200
@@ -167,7 +167,7 @@ def test_queued_requests_are_sent_elsewhere_at_once(
 def test_requests_past_the_deadline_are_cut_and_told(served: Any, fake_client: Any, eventually: Any) -> None:
     server = served(fake_client(step_delay=0.05), drain_grace=0.1, shutdown_timeout=0.5)
     stream, whole = server.start(stream=True, max_tokens=200), server.start(max_tokens=200)
-    eventually(lambda: server.client.num_steps >= 8)
+    eventually(lambda: server.client.num_open == 2 and server.client.num_steps >= 8)
     server.signal()
     assert last_error(stream.wait()) == "server_shutdown"
     answer = whole.wait()
@@ -190,7 +190,7 @@ def test_second_signal_cuts_at_once(served: Any, fake_client: Any, eventually: A
 def test_lost_engine_is_shown_and_ends_the_server(served: Any, fake_client: Any, eventually: Any) -> None:
     from quire.engine.client import EngineDeadError
 
-    server = served(fake_client(step_delay=0.05), drain_grace=0.5)
+    server = served(fake_client(step_delay=0.05), drain_grace=1.5)
     pending = server.start(stream=True, max_tokens=200)
     eventually(lambda: server.client.num_steps >= 1)
     server.client.error = EngineDeadError("gone")
