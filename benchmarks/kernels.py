@@ -15,7 +15,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class Case:
     name: str
     ours: Run
     peer: Run
-    inputs: list[tuple[torch.Tensor, ...]]
+    inputs: Sequence[tuple[torch.Tensor, ...]]
     num_bytes: int
     num_flops: int = 0
 
@@ -84,7 +84,7 @@ def timed(call: Callable[[], object], device: torch.device, num_calls: int) -> f
     return (time.perf_counter() - started) / num_calls
 
 
-def repeatable(run: Run, inputs: list[tuple[torch.Tensor, ...]], device: torch.device) -> Callable[[], object]:
+def repeatable(run: Run, inputs: Sequence[tuple[torch.Tensor, ...]], device: torch.device) -> Callable[[], object]:
     """One call that runs all inputs: on a GPU a captured graph, which leaves launching out of the figure."""
 
     def run_all() -> None:
@@ -102,7 +102,7 @@ def repeatable(run: Run, inputs: list[tuple[torch.Tensor, ...]], device: torch.d
 
 def measure(case: Case, device: torch.device, bytes_per_second: float, seconds: float) -> Row:
     """Alternate ours and the peer for about `seconds`, after checking that they agree."""
-    results = [run(*(tensor.clone() for tensor in case.inputs[0])) for run in (case.ours, case.peer)]
+    results = [run(*(tensor.clone() for tensor in case.inputs[0])).clone() for run in (case.ours, case.peer)]
     torch.testing.assert_close(*results, atol=2e-2, rtol=2e-2)
     calls = [repeatable(run, case.inputs, device) for run in (case.ours, case.peer)]
     num_calls = [max(1, int(0.005 / timed(call, device, 1))) for call in calls]

@@ -15,6 +15,7 @@ from quire.engine.kv_storage import KVStorage
 from quire.engine.memory import plan_memory
 from quire.engine.messages import EngineInfo
 from quire.engine.sampler import Sampler
+from quire.engine.warm_up import warm_up
 from quire.models.config import ModelConfig
 from quire.models.loading import load_model
 from quire.scheduler.output import SchedulerStats, StepOutput
@@ -35,7 +36,7 @@ class Engine:
 
     Args:
         config: what to load and how large; `model` is a directory.
-        progress: called with (stage, done, total) while the weights load, in bytes.
+        progress: called with (stage, done, total): "weights" in bytes, then "kernels".
 
     Raises:
         ConfigError: the model or a flag cannot be used as given.
@@ -66,6 +67,10 @@ class Engine:
             max_num_seqs=max_num_seqs,
         )
         self._kv = KVStorage(model_config, budget.num_blocks, config.block_size, dtype, device)
+        progress("kernels", 0, 1)
+        with torch.inference_mode():
+            warm_up(self._model, self._kv, device)
+        progress("kernels", 1, 1)
         self._inputs = InputBuilder(max_num_seqs, budget.max_model_len, config.block_size, device)
         self._sampler = Sampler(max_num_seqs)
         self._scheduler = Scheduler(

@@ -39,7 +39,8 @@ _MIN_ELEMENTS = 32768  # keys and values that are worth another thread: about 10
 @numba.njit
 def _partial_size(num_heads: int, head_dim: int) -> int:
     """float32 in the result of a chunk: sums of values [G, padded D], sums of weights [G], largest scores [G]."""
-    return num_heads * (padded(head_dim) + 2)
+    size: int = num_heads * (padded(head_dim) + 2)
+    return size
 
 
 @numba.njit

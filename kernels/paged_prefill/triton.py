@@ -206,24 +206,24 @@ def prefill_parameters(
 ) -> PrefillParameters:
     """The largest tiles that spill no register on the targets that the tests compile for.
 
-    Rows of 64 and more let Hopper use its wgmma. float32 multiplies without tensor cores, so its tiles are small: it is
+    Rows of 64 and more let Hopper use its wgmma; GPUs without such instructions hold the tiles in registers. float32 multiplies without tensor cores, so its tiles are small: it is
     there to compare with, not to be fast.
     """
     programs_per_group = triton.cdiv(group_size, MAX_HEADS_PER_PROGRAM)
     heads_per_program = triton.cdiv(group_size, programs_per_group)
     block_d = max(16, triton.next_power_of_2(head_dim))
     is_short = max_query_len * heads_per_program <= 64
-    is_ampere = target.vendor == "cuda" and int(target.arch) < 90
+    has_large_mma = target.vendor == "hip" or target.arch in (90, 100, 103)
     num_stages = 2 if target.vendor == "cuda" else 1
     if dtype == torch.float32:
         block_m, block_n, num_warps, num_stages = (32 if block_d <= 64 else 16), 16, 4, 1
     elif block_d > 128:
         block_m, block_n, num_warps = 64, (64 if target.shared_memory >= 166_000 else 32), 8
-    elif is_short or (is_ampere and block_d > 64):
+    elif is_short or (not has_large_mma and block_d > 64):
         block_m, block_n, num_warps = 64, 64, 4
     else:
-        is_narrow = block_d <= 64 and target.vendor == "cuda" and not is_ampere
-        block_m, block_n, num_warps = 128, (128 if is_narrow else 64), 8
+        is_wide = target.vendor == "cuda" and has_large_mma and block_d <= 64
+        block_m, block_n, num_warps = 128, (128 if is_wide else 64), 8
     return PrefillParameters(
         heads_per_program=heads_per_program,
         block_m=block_m,

@@ -47,7 +47,7 @@ def launch_parameters(dim: int) -> tuple[int, int, int]:
     """(rows per program, columns, warps)."""
     block_dim = triton.next_power_of_2(dim)
     block_rows = max(1, ELEMENTS_PER_PROGRAM // block_dim)
-    return block_rows, block_dim, min(16, max(4, block_dim // 1024))
+    return block_rows, block_dim, 16 if block_dim >= 8192 else 8 if block_dim >= 2048 else 4
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> torch.Tensor:

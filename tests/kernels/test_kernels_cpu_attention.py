@@ -142,9 +142,7 @@ def test_which_blocks_hold_a_sequence_changes_no_bit(attend: Attend, shape: Shap
 
 
 @EITHER
-def test_the_number_of_threads_changes_no_bit(
-    attend: Attend, shape: Shape, num_threads: Callable[[int], None]
-) -> None:
+def test_the_number_of_threads_changes_no_bit(attend: Attend, shape: Shape, num_threads: Callable[[int], None]) -> None:
     problem = make_problem(shape, torch.float32, CPU)
     num_threads(1)
     expected = attend(problem, backend="cpu")
@@ -213,7 +211,9 @@ def test_the_pages_stay_as_they_are(attend: Attend, shape: Shape) -> None:
     problem = make_problem(shape, torch.float32, CPU)
     before = [tensor.clone() for tensor in (problem.query, problem.k_cache, problem.v_cache, problem.block_tables)]
     attend(problem, backend="cpu")
-    for tensor, old in zip((problem.query, problem.k_cache, problem.v_cache, problem.block_tables), before, strict=True):
+    for tensor, old in zip(
+        (problem.query, problem.k_cache, problem.v_cache, problem.block_tables), before, strict=True
+    ):
         assert torch.equal(tensor.view(torch.int32), old.view(torch.int32))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +178,57 @@ def test_openai_sdk_against_the_engine(tales: Quire) -> None:
         whole = client.completions.create(model="tales", prompt="Once upon", max_tokens=12, temperature=0)
         parts = client.completions.create(model="tales", prompt="Once upon", max_tokens=12, temperature=0, stream=True)
         assert "".join(chunk.choices[0].text for chunk in parts) == whole.choices[0].text
+
+
+def unicode_prompts() -> list[str]:
+    scraps = [
+        "naïve façade",
+        "日本語の物語",
+        "Жил-был царь",
+        "👩‍👩‍👧‍👦 and 👍🏽",
+        "e\u0301a\u0308",
+        "ﷺ",
+        "한국어",
+        "\u200bzero",
+        "𝔘𝔫𝔦",
+    ]
+    rng = random.Random(0)
+    return [" ".join(rng.choices(scraps, k=rng.randrange(1, 5))) + f" {index}" for index in range(200)]
+
+
+def test_stream_and_whole_answer_agree_on_unicode(tiny_checkpoint: Callable[..., Path]) -> None:
+    """A random model speaks in random bytes: characters cut in two, and bytes that are no text at all."""
+    server = Quire(str(tiny_checkpoint("llama")), "--max-num-seqs", "16")
+
+    def both(index_and_prompt: tuple[int, str]) -> tuple[str, str]:
+        index, prompt = index_and_prompt
+        body = {"prompt": prompt, "max_tokens": 16, "temperature": 2.0, "seed": index, "ignore_eos": True}
+        whole = server.complete(**body).json()["choices"][0]["text"]
+        return text_of_stream(server.complete(**body, stream=True)), whole
+
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            pairs = list(pool.map(both, enumerate(unicode_prompts())))
+    finally:
+        server.end(signal.SIGINT)
+    assert [streamed for streamed, _ in pairs] == [whole for _, whole in pairs]
+    assert sum(not whole.isascii() for _, whole in pairs) > 150
+
+
+def test_stop_strings_cut_at_every_split(tales: Quire) -> None:
+    """Every piece of an answer as stop string: the text ends before its first place, streamed or not."""
+    body: dict[str, Any] = {"max_tokens": 24, "temperature": 0.0, "ignore_eos": True}
+    text = tales.complete(**body).json()["choices"][0]["text"]
+    pieces = sorted({text[start : start + length] for start in range(8, 24) for length in (1, 3, 7)})
+
+    def stopped(piece: str) -> tuple[str, str, dict[str, Any]]:
+        whole = tales.complete(**body, stop=piece).json()["choices"][0]
+        return text_of_stream(tales.complete(**body, stop=[piece], stream=True)), whole["text"], whole
+
+    with ThreadPoolExecutor(8) as pool:
+        for piece, (streamed, whole, choice) in zip(pieces, pool.map(stopped, pieces), strict=True):
+            assert streamed == whole == text[: text.index(piece)]
+            assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", piece)
 
 
 def test_idle_server_ends_cleanly() -> None:

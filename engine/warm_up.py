@@ -1,0 +1,35 @@
+"""One throw-away step at start, so that no request waits for kernels to be compiled or for tables to be built."""
+
+from __future__ import annotations
+
+import torch
+
+from quire.engine.kv_storage import KVStorage
+from quire.models.forward_batch import ForwardBatch
+from quire.models.model import Model
+
+NUM_PREFILL_TOKENS = 3
+
+
+def warm_up(model: Model, kv: KVStorage, device: torch.device) -> None:
+    """Run one decode and one short prompt through the model; they write to the null block alone."""
+    num_tokens = 1 + NUM_PREFILL_TOKENS
+
+    def integers(values: list[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    model.forward(
+        ForwardBatch(
+            token_ids=integers([0] * num_tokens, torch.int64),
+            positions=integers([0, *range(NUM_PREFILL_TOKENS)], torch.int64),
+            slot_mapping=integers([0, *range(NUM_PREFILL_TOKENS)], torch.int64),
+            block_tables=torch.zeros((2, 1), dtype=torch.int32, device=device),
+            seq_lens=integers([1, NUM_PREFILL_TOKENS], torch.int32),
+            query_start=integers([0, 1, num_tokens], torch.int32),
+            logits_indices=integers([0, num_tokens - 1], torch.int64),
+            num_decodes=1,
+            max_query_len=NUM_PREFILL_TOKENS,
+            max_seq_len=NUM_PREFILL_TOKENS,
+        ),
+        kv.layers,
+    )
