@@ -47,6 +47,10 @@ def plan_memory(
     free = free_memory_bytes(device, config.gpu_memory_utilization) - activations
     num_blocks = _number_of_blocks(config, block_bytes, free, max_num_seqs, wanted_len)
     pool_tokens = (num_blocks - 1) * config.block_size
+    if pool_tokens < config.block_size and config.kv_cache_memory_bytes is not None:
+        raise ConfigError(
+            f"--kv-cache-memory-bytes {config.kv_cache_memory_bytes} holds no block; use at least {2 * block_bytes}."
+        )
     if pool_tokens < config.block_size:
         raise ConfigError(
             f"No room for a KV-cache: {_mib(max(free, 0))} are free, one block takes {_mib(block_bytes)}. "

@@ -1,0 +1,78 @@
+"""What a start says: the memory budget line by line, and one line with the flag and the value when it does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quire.config import ConfigError, EngineConfig
+from quire.engine.engine import Engine
+
+BLOCK_BYTES = 2 * 2 * 2 * 16 * 16 * 4  # K and V, layers, heads, tokens, head dim, float32
+
+
+@pytest.fixture
+def start(tiny_checkpoint: Callable[..., Path]) -> Callable[..., Engine]:
+    def make(**options: Any) -> Engine:
+        settings = {"model": str(tiny_checkpoint("llama")), "device": "cpu", "max_num_seqs": 4, **options}
+        return Engine(EngineConfig(**settings))
+
+    return make
+
+
+def test_budget_is_printed_line_by_line(start: Callable[..., Engine]) -> None:
+    info = start(kv_cache_memory_bytes=50 * BLOCK_BYTES).info
+    assert info.num_blocks == 50
+    assert info.dtype == "float32"
+    assert [line.split()[0] for line in info.memory_budget] == ["weights", "activations", "KV-cache", "context"]
+    assert "49 blocks of 16 = 784 tokens" in info.memory_budget[2]
+
+
+def test_pool_is_no_larger_than_all_sequences_need(start: Callable[..., Engine]) -> None:
+    assert start().info.num_blocks == 4 * (512 // 16) + 1
+
+
+def test_a_small_pool_shortens_the_context_that_nobody_asked_for(start: Callable[..., Engine]) -> None:
+    assert start(num_blocks=6).info.max_model_len == 80
+
+
+def test_progress_is_reported_in_bytes_and_ends(tiny_checkpoint: Callable[..., Path]) -> None:
+    seen: list[tuple[str, int, int]] = []
+    config = EngineConfig(model=str(tiny_checkpoint("llama")), device="cpu", num_blocks=8)
+    Engine(config, lambda *progress: seen.append(progress))
+    weights = [(done, total) for stage, done, total in seen if stage == "weights"]
+    assert weights[-1][0] == weights[-1][1] > 10_000
+    assert weights == sorted(weights)
+    assert seen[-1] == ("kernels", 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_model_len": 513}, "--max-model-len 513 is longer than the 512 positions of this model; use at most 512"),
+        (
+            {"max_model_len": 100, "num_blocks": 4},
+            f"holds 48 tokens. Use --max-model-len 48 or --kv-cache-memory-bytes {8 * BLOCK_BYTES}",
+        ),
+        ({"kv_cache_memory_bytes": 10}, f"--kv-cache-memory-bytes 10 holds no block; use at least {2 * BLOCK_BYTES}"),
+        ({"kv_cache_memory_bytes": 2**50}, "--kv-cache-memory-bytes 1125899906842624 does not fit"),
+        ({"enable_chunked_prefill": False, "max_num_batched_tokens": 100}, "Without chunked prefill"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_names_the_flag_and_a_value(
+    start: Callable[..., Engine], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        start(**options)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("field", ["block_size", "max_num_seqs", "num_blocks", "gpu_memory_utilization"])
+def test_flags_out_of_bounds_are_named(field: str) -> None:
+    with pytest.raises(ConfigError, match="--"):
+        EngineConfig(model="x", **{field: 0})
