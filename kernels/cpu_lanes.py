@@ -125,19 +125,19 @@ class Sum:
 def over_dims(
     builder: Builder, size: Value, num_vectors: int, body: Callable[[Value, int, Value | None], None]
 ) -> None:
-    """body(first element, vectors, mask) over `size` elements: `num_vectors` at a time, then one, then the rest."""
-    block = num_vectors * LANES
-    num_blocked = builder.mul(builder.udiv(size, integer(block)), integer(block))
-    num_whole = builder.and_(size, integer(-LANES))
-    with cgutils.for_range_slice(builder, integer(0), num_blocked, integer(block), I64) as (first, _):
-        body(first, num_vectors, None)
-    if num_vectors > 1:
-        with cgutils.for_range_slice(builder, num_blocked, num_whole, integer(LANES), I64) as (first, _):
-            body(first, 1, None)
-    rest = builder.sub(size, num_whole)
+    """body(first element, vectors, mask) over `size` elements: `num_vectors` (a power of two) at a time while there
+    are so many, then half as many and so on, then the masked rest."""
+    start = integer(0)
+    while num_vectors:
+        block = num_vectors * LANES
+        end = builder.and_(size, integer(-block))
+        with cgutils.for_range_slice(builder, start, end, integer(block), I64) as (first, _):
+            body(first, num_vectors, None)
+        start, num_vectors = end, num_vectors // 2
+    rest = builder.sub(size, start)
     with builder.if_then(builder.icmp_signed(">", rest, integer(0)), likely=False):
         lane_indices = ir.Constant(ir.VectorType(I64, LANES), list(range(LANES)))
-        body(num_whole, 1, builder.icmp_signed("<", lane_indices, splat(builder, rest)))
+        body(start, 1, builder.icmp_signed("<", lane_indices, splat(builder, rest)))
 
 
 def sum_lanes(builder: Builder, vectors: list[Value]) -> Value:

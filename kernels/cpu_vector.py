@@ -133,7 +133,7 @@ def add_weighted(
                     target = at(builder, total_row, dim, j * LANES)
                     store(builder, builder.fadd(load(builder, target), total.get(builder)), target)
 
-        lanes.over_dims(builder, head_dim, max(1, min(4, NUM_SUMS // count)), block)
+        lanes.over_dims(builder, head_dim, min(4, NUM_SUMS // (1, 2, 4, 4)[count - 1]), block)
 
     _by_heads(builder, num_heads, add_heads)
 
@@ -177,7 +177,7 @@ def _product(num_rows: int, accumulate: bool) -> Any:
                 for target, total in zip(line, totals, strict=True):
                     store(builder, total.get(builder), target)
 
-        lanes.over_dims(builder, num_columns, max(1, NUM_SUMS // num_rows), block)
+        lanes.over_dims(builder, num_columns, min(4, NUM_SUMS // num_rows), block)
 
     return product
 

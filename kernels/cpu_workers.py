@@ -29,12 +29,15 @@ Parameters = np.ndarray[Any, np.dtype[np.int64]]
 
 _ELEMENTS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 
-_MIN_ELEMENTS = 65536  # elements that are worth another thread: 20 to 30 microseconds of such an operation
+_MIN_ELEMENTS = 65536  # elements whose row by row operation is worth a second thread: 20 to 30 microseconds
 
 
 def row_threads(num_elements: int) -> int:
-    """How many threads an operation that passes once over `num_elements` is worth."""
-    return min(torch.get_num_threads(), 1 + num_elements // _MIN_ELEMENTS)
+    """How many threads an operation that passes once over `num_elements` should run on: one or all of torch's.
+
+    A number in between would have the OpenMP runtime end the others, and start them again for torch.
+    """
+    return torch.get_num_threads() if num_elements > _MIN_ELEMENTS else 1
 
 
 class Worker:

@@ -19,7 +19,7 @@ _CHUNK = 128
 their positions, so its result depends neither on the batch nor on the number of threads."""
 
 _UNITS_PER_THREAD = 4  # pieces of work for each thread, to even out lengths and slow cores
-_MIN_ELEMENTS = 32768  # keys and values that are worth another thread: about 10 microseconds
+_MIN_ELEMENTS = 65536  # elements of keys and values that are worth a second thread: about 15 microseconds
 
 # After the common fields.
 (
@@ -62,10 +62,9 @@ def _plan(given: Parameters, max_threads: int) -> Parameters:
     for seq in range(num_seqs):
         num_chunks += _chunks(seq_lens[seq], window, chunk_size)[1]
         num_positions += min(seq_lens[seq], window)
-    num_threads = min(max_threads, max(1, 2 * num_positions * num_kv_heads * head_dim // _MIN_ELEMENTS))
-    chunks_per_unit = max(1, num_chunks * num_kv_heads // (num_threads * _UNITS_PER_THREAD))
-    if num_threads == 1:
-        chunks_per_unit = num_chunks
+    num_threads = max_threads if 2 * num_positions * num_kv_heads * head_dim > _MIN_ELEMENTS else 1
+    chunks_per_unit = num_chunks if num_threads == 1 else num_chunks * num_kv_heads // (num_threads * _UNITS_PER_THREAD)
+    chunks_per_unit = max(1, chunks_per_unit)
 
     num_partials = 0
     for seq in range(num_seqs):
@@ -82,11 +81,8 @@ def _plan(given: Parameters, max_threads: int) -> Parameters:
     parameters = int64_pointer(address)
     for field in range(call.NUM_COMMON):
         parameters[field] = given[field]
-    parameters[NUM_THREADS], parameters[CHUNK_SIZE], parameters[CHUNKS_PER_UNIT] = (
-        num_threads,
-        chunk_size,
-        chunks_per_unit,
-    )
+    parameters[NUM_THREADS] = num_threads
+    parameters[CHUNK_SIZE], parameters[CHUNKS_PER_UNIT] = chunk_size, chunks_per_unit
     parameters[FIRST_UNITS] = address + 8 * NUM_FIELDS
     parameters[FIRST_PARTIALS] = parameters[FIRST_UNITS] + 8 * (num_seqs + 1)
     parameters[FINISHED] = parameters[FIRST_PARTIALS] + 8 * num_seqs
@@ -118,11 +114,8 @@ def _attend_chunk(parameters, keys, values, table, start, first, last, num_block
     While a block is worked on, the next one is on its way into the cache: blocks are too short for the hardware to see
     a pattern.
     """
-    num_heads, head_dim, block_size = (
-        parameters[call.GROUP_SIZE],
-        parameters[call.HEAD_DIM],
-        parameters[call.BLOCK_SIZE],
-    )
+    num_heads, head_dim = parameters[call.GROUP_SIZE], parameters[call.HEAD_DIM]
+    block_size = parameters[call.BLOCK_SIZE]
     padded_dim, stride = padded(head_dim), padded(parameters[CHUNK_SIZE])
     first_block, last_block = first // block_size, (last - 1) // block_size
     for block in range(first_block, last_block + 1):

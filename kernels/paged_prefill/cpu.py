@@ -60,17 +60,17 @@ def _visible(position, window, start):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _softmax(scores, num_rows, num_heads, position, window, start, maxima, divisors, factors):  # type: ignore[no-untyped-def]
-    """Scores of a tile become weights; `factors` become what the sums so far have to be multiplied by."""
+def _softmax(scores, width, num_rows, num_heads, position, window, start, maxima, divisors, factors):  # type: ignore[no-untyped-def]
+    """Scores become weights, in the first `width` columns; `factors` become what the sums so far are multiplied by."""
     padded_rows = padded(num_rows)
     for row in range(num_rows):
         line = move(scores, row * _TILE)
         low, high = _visible(position + row // num_heads, window, start)
         for column in range(low):
             line[column] = -np.inf
-        for column in range(high, _TILE):
+        for column in range(high, width):
             line[column] = -np.inf
-        largest = vector.row_max(line, _TILE)
+        largest = vector.row_max(line, width)
         largest = largest if largest > maxima[row] else maxima[row]
         factors[row] = maxima[row] - largest
         maxima[row] = largest
@@ -78,7 +78,7 @@ def _softmax(scores, num_rows, num_heads, position, window, start, maxima, divis
         factors[row] = 0.0
     vector.row_exp2(factors, padded_rows, np.float32(0.0))
     for row in range(num_rows):
-        total = vector.row_exp2(move(scores, row * _TILE), _TILE, maxima[row])
+        total = vector.row_exp2(move(scores, row * _TILE), width, maxima[row])
         divisors[row] = divisors[row] * factors[row] + total
 
 
@@ -97,7 +97,9 @@ def _add_values(weights, num_rows, num_heads, position, window, start, tainted, 
             )  # fmt: skip
         return
     for row in range(0, num_rows, vector.ROWS):
-        _, high = _visible(position + (row + vector.ROWS - 1) // num_heads, window, start)
+        # Weights past what the last row sees are not zeros but were never written.
+        last_row = min(row + vector.ROWS, num_rows) - 1
+        _, high = _visible(position + last_row // num_heads, window, start)
         vector.add_product_rows(
             move(weights, row * _TILE), _TILE, tile_values, padded_dim,
             move(sums, row * padded_dim), padded_dim, high, padded_dim, move(factors, row),
@@ -141,12 +143,13 @@ def _attend_tile(parameters, shared, seq, kv_head, first_token, scratch):  # typ
             parameters, keys, values, table, start, max(start, first), min(start + _TILE, last),
             scratch, tile_keys, tile_values,
         )  # fmt: skip
+        width = padded(min(_TILE, last - start))
         for row in range(0, num_rows, vector.ROWS):
             vector.multiply_rows(
                 move(queries, row * padded_dim), padded_dim, tile_keys, _TILE,
-                move(scores, row * _TILE), _TILE, head_dim, _TILE, factors,
+                move(scores, row * _TILE), _TILE, head_dim, width, factors,
             )  # fmt: skip
-        _softmax(scores, num_rows, num_heads, position, window, start, maxima, divisors, factors)
+        _softmax(scores, width, num_rows, num_heads, position, window, start, maxima, divisors, factors)
         _add_values(
             scores, num_rows, num_heads, position, window, start, taint != 0.0, tile_values, padded_dim, sums, factors
         )

@@ -206,8 +206,8 @@ def prefill_parameters(
 ) -> PrefillParameters:
     """The largest tiles that spill no register on the targets that the tests compile for.
 
-    Rows of 64 and more let Hopper use its wgmma; GPUs without such instructions hold the tiles in registers. float32 multiplies without tensor cores, so its tiles are small: it is
-    there to compare with, not to be fast.
+    Rows of 64 and more let Hopper use its wgmma; GPUs without such instructions hold the tiles in registers. float32
+    multiplies without tensor cores, so its tiles are small: it is there to compare with, not to be fast.
     """
     programs_per_group = triton.cdiv(group_size, MAX_HEADS_PER_PROGRAM)
     heads_per_program = triton.cdiv(group_size, programs_per_group)

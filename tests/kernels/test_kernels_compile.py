@@ -64,10 +64,14 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
         for part in range(NUM_PROCESSES)
     ]
     rows = []
-    for process in processes:
-        output, errors = process.communicate(timeout=900)
-        assert process.returncode == 0, errors[-4000:]
-        rows += [Resources(**json.loads(line)) for line in output.splitlines()]
+    try:
+        for process in processes:
+            output, errors = process.communicate(timeout=900)
+            assert process.returncode == 0, errors[-4000:]
+            rows += [Resources(**json.loads(line)) for line in output.splitlines()]
+    finally:
+        for process in processes:
+            process.kill()
     return Report(rows, time.monotonic() - started)
 
 

@@ -269,3 +269,36 @@ def test_large_scores_neither_overflow_nor_vanish() -> None:
         result = attend(big, backend="cpu")
         expected = attend(big.to(torch.float64), backend="reference")
         assert (result.double() - expected).abs().max() < 2e-3  # a score's last place is 1e-4
+
+
+@pytest.mark.parametrize("attend", [run_decode, run_prefill])
+@pytest.mark.parametrize("group_size", [1, 2, 3, 5])
+def test_what_an_earlier_call_left_in_memory_does_not_matter(attend: Attend, group_size: int) -> None:
+    """The same problem with NaN as its queries, keys and values comes first and leaves its scratch memory to be reused.
+
+    The single token ends with its tile, its vector, its page or none of them.
+    """
+    for length in (1, 15, 16, 17, 31, 32, 48, 63, 64, 65, 80, 127, 128):
+        problem = make_problem(
+            decode_of(length, num_kv_heads=1, group_size=group_size, head_dim=24), torch.float32, CPU
+        )
+        attend(replace(problem, query=problem.query * NAN), backend="cpu")
+        nothing = problem.k_cache * NAN
+        attend(replace(problem, k_cache=nothing, v_cache=nothing), backend="cpu")
+        check(attend, problem, backend="cpu")
+
+
+@pytest.mark.parametrize("bad", [NAN, float("inf")])
+def test_a_bad_token_is_seen_in_decode(bad: float) -> None:
+    """By the heads that read it, in the sequence it is in; it is not averaged away."""
+    problem = make_problem(decode_of(90, 300, num_kv_heads=2, group_size=3), torch.float32, CPU)
+    expected = run_decode(problem, backend="cpu")
+    block_id, offset = slot_of(problem, 1, 140)
+    for cache in (problem.k_cache, problem.v_cache):
+        before = cache[block_id, 0, offset].clone()
+        cache[block_id, 0, offset] = bad
+        result = run_decode(problem, backend="cpu")
+        cache[block_id, 0, offset] = before
+        assert not result[1, :3].isfinite().all(dim=-1).any()
+        result[1, :3] = expected[1, :3]
+        assert torch.equal(result, expected)

@@ -17,7 +17,10 @@ from quire.kernels.kv_write import kv_write as correct_kv_write
 from quire.kernels.rms_norm import rms_norm as correct_rms_norm
 from quire.kernels.rope import rope as correct_rope
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the variants are interpreted")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the variants are interpreted"),
+    pytest.mark.filterwarnings("ignore:All-NaN slice"),
+]
 
 DECODE_FAULTS = {
     "foreign values are loaded": (
