@@ -7,7 +7,7 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,7 @@ class RequestRejected(Exception):
 class _OpenRequest:
     label: str
     queue: DeltaQueue
+    started_at: float | None = None
 
 
 class EngineClient:
@@ -61,6 +62,8 @@ class EngineClient:
     def __init__(self, process: EngineProcess, info: EngineInfo, tokenizer: TokenizerPool, seed: int) -> None:
         self.info = info
         self.tokenizer = tokenizer
+        self.on_step: Callable[[int], None] = lambda num_tokens: None
+        """Told after each step how many tokens it computed; for metrics, and not to raise."""
         self._process = process
         self._processor = OutputProcessor(tokenizer.tokenizer)
         self._seeds = random.Random(seed)
@@ -247,9 +250,13 @@ class EngineClient:
 
     def _handle(self, message: ToFront) -> None:
         match message:
-            case StepResult(outputs, stats):
+            case StepResult(outputs, stats, started, began):
+                self.on_step(stats.num_scheduled_tokens - self._stats.num_scheduled_tokens)
                 self._stats = stats
                 self._last_progress = time.monotonic()
+                for internal_id in started:
+                    if (request := self._open.get(internal_id)) and request.started_at is None:
+                        request.started_at = began
                 step = self._processor.process(outputs)
                 for internal_id, choice_index in step.aborts:
                     self._process.send(Abort(request_id=internal_id, choice_index=choice_index))
@@ -266,7 +273,11 @@ class EngineClient:
 
     def _deliver(self, internal_id: str, deltas: list[TextDelta]) -> None:
         request = self._open.get(internal_id)
-        if request is None or request.queue.put(deltas):
+        if request is None:
+            return
+        for delta in deltas:
+            delta.started_at = request.started_at
+        if request.queue.put(deltas):
             return
         log.warning("Request %r is aborted: its reader takes no text.", request.label)
         self._forget(internal_id)

@@ -92,4 +92,5 @@ def _join(parts: list[TextDelta]) -> TextDelta:
         stop_reason=last.stop_reason,
         num_cached_tokens=last.num_cached_tokens,
         num_output_tokens=last.num_output_tokens,
+        started_at=last.started_at,
     )

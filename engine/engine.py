@@ -87,6 +87,8 @@ class Engine:
                 cache_namespace=f"{config.model}|{dtype}|{secrets.token_hex(16)}",
             )
         )
+        self.started: list[str] = []
+        """Ids of the requests that the last step scheduled for the first time."""
         self.info = EngineInfo(
             architecture=model_config.architecture,
             vocab_size=model_config.vocab_size,
@@ -106,6 +108,7 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """Compute one batch; what it brought to each request, empty when there is nothing to do."""
         batch = self._scheduler.schedule()
+        self.started = [] if batch is None else batch.started
         if batch is None:
             return []
         inputs = self._inputs.build(batch)

@@ -94,6 +94,10 @@ class StepResult(msgspec.Struct, tag=True, frozen=True):
 
     outputs: list[StepOutput]
     stats: SchedulerStats
+    started: list[str] = []
+    """Ids of requests that this step scheduled for the first time."""
+    began: float = 0.0
+    """When the step began, in seconds of time.monotonic(), which both processes share."""
 
 
 ToEngine = Configure | Add | Abort | ResetPrefixCache | Shutdown

@@ -29,6 +29,8 @@ class TextDelta:
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
     """Output tokens of this choice so far."""
+    started_at: float | None = None
+    """When the engine first scheduled the request, in seconds of time.monotonic(); None where nobody measured."""
 
 
 @dataclass(slots=True)

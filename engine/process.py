@@ -48,6 +48,7 @@ class StepEngine(Protocol):
     """What the loop needs of an engine; `engine.engine.Engine` is the one that is served."""
 
     info: EngineInfo
+    started: list[str]
 
     def add(self, request: Request) -> None: ...
     def abort(self, request_id: str, choice_index: int | None = None) -> None: ...
@@ -143,8 +144,9 @@ def _loop(channel: EngineChannel, engine: StepEngine) -> ExitCode:
         if not _apply(channel, engine, messages):
             return ExitCode.CLEAN
         if engine.has_work():
+            began = time.monotonic()
             outputs = engine.step()
-            channel.send(StepResult(outputs=outputs, stats=engine.stats()))
+            channel.send(StepResult(outputs=outputs, stats=engine.stats(), started=engine.started, began=began))
         elif messages:
             # Nothing to step for, but aborts and resets changed the gauges that the front process shows.
             channel.send(StepResult(outputs=[], stats=engine.stats()))

@@ -12,13 +12,15 @@ class BatchBuilder:
     That order is: one token and it samples; one token and it does not (a chunk cut short by the budget); more tokens.
     """
 
-    __slots__ = ("_chunks", "_single_chunks", "budget", "decodes")
+    __slots__ = ("_chunks", "_single_chunks", "budget", "decodes", "started")
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         """Tokens that may still be scheduled."""
         self.decodes: list[Sequence] = []
         """Those whose last known token is the only one left to compute; written to directly, for speed."""
+        self.started: list[str] = []
+        """As in ScheduledBatch; written to directly."""
         self._single_chunks: list[Sequence] = []
         self._chunks: list[tuple[Sequence, int]] = []
 
@@ -47,5 +49,12 @@ class BatchBuilder:
             if sequence.num_computed_tokens + num_tokens == len(sequence.token_ids):
                 sampling.append(index)
         return ScheduledBatch(
-            step_id, sequences, num_scheduled_tokens, num_singles, sampling, block_copies, block_table_updates
+            step_id,
+            sequences,
+            num_scheduled_tokens,
+            num_singles,
+            sampling,
+            block_copies,
+            block_table_updates,
+            self.started,
         )

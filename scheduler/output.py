@@ -45,6 +45,8 @@ class ScheduledBatch:
     """(source, target) block ids to be copied, all layers, before anything is written in this step."""
     block_table_updates: list[BlockTableUpdate] = field(default_factory=list)
     """Changes since the last batch, to be applied in order to a persistent [max_num_seqs, max_blocks] table."""
+    started: list[str] = field(default_factory=list)
+    """Ids of requests that are scheduled for the first time; a choice that had to wait longer may name its id again."""
 
     @property
     def num_tokens(self) -> int:

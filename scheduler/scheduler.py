@@ -133,6 +133,8 @@ class Scheduler:
             if num_tokens == 0 or not self._has_room(sequence, cached_block_ids, start + num_tokens):
                 break
             self.waiting.pop()
+            if sequence.num_preemptions == 0:
+                builder.started.append(sequence.request_id)
             self._admit(sequence, cached_block_ids, num_tokens)
             builder.add(sequence, num_tokens)
             builder.budget -= num_tokens

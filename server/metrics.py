@@ -52,9 +52,14 @@ class Metrics:
             "request_time_per_output_token_seconds", "Mean time between tokens of a request", _BETWEEN_TOKENS
         )
         self.latency = self._histogram("e2e_request_latency_seconds", "Whole request", _LATENCY)
+        self.queue_time = self._histogram("request_queue_time_seconds", "Arrival to first step", _LATENCY)
+        self.prefill_time = self._histogram("request_prefill_time_seconds", "First step to first token", _LATENCY)
+        self.inference_time = self._histogram("request_inference_time_seconds", "First step to last token", _LATENCY)
         self.decode_time = self._histogram("request_decode_time_seconds", "First to last token", _LATENCY)
         self.request_prompt_tokens = self._histogram("request_prompt_tokens", "Prompt tokens of a request", tokens)
         self.request_generation_tokens = self._histogram("request_generation_tokens", "Tokens of a choice", tokens)
+        self.iteration_tokens = self._histogram("iteration_tokens_total", "Tokens computed in a step", tokens)
+        client.on_step = self.iteration_tokens.observe
         self.params_n = self._histogram("request_params_n", "Choices asked for", _CHOICES)
         self.params_max_tokens = self._histogram("request_params_max_tokens", "max_tokens asked for", tokens)
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 class ChoiceTally:
     num_tokens: int = 0
     num_cached_tokens: int = 0
+    started_at: float = 0.0
     first_token_at: float = 0.0
     last_token_at: float = 0.0
     finished: bool = False
@@ -89,7 +90,10 @@ class Tally:
             metrics.inter_token_latency.observe(now - choice.last_token_at)
         else:
             choice.first_token_at = now
+            choice.started_at = now if delta.started_at is None else delta.started_at
             metrics.time_to_first_token.observe(now - self.begin)
+            metrics.queue_time.observe(max(0.0, choice.started_at - self.begin))
+            metrics.prefill_time.observe(now - choice.started_at)
             if delta.choice_index == 0:
                 metrics.prompt_tokens.inc(len(job.token_ids))
                 metrics.prompt_tokens_cached.inc(delta.num_cached_tokens)
@@ -102,5 +106,6 @@ class Tally:
         self._metrics.latency.observe(time.monotonic() - self.begin)
         decode_time = choice.last_token_at - choice.first_token_at
         self._metrics.decode_time.observe(decode_time)
+        self._metrics.inference_time.observe(choice.last_token_at - choice.started_at)
         if choice.num_tokens > 1:
             self._metrics.time_per_output_token.observe(decode_time / (choice.num_tokens - 1))

@@ -49,6 +49,7 @@ class FakeEngine:
             time.sleep(60)
         self._requests: dict[str, tuple[Request, dict[int, int]]] = {}
         self._num_steps = 0
+        self.started: list[str] = []
         self._num_aborts = 0
         self.info = EngineInfo(
             architecture="Fake",
@@ -86,6 +87,7 @@ class FakeEngine:
 
     def step(self) -> list[StepOutput]:
         self._num_steps += 1
+        self.started = list(self._requests)
         if self._num_steps == self._number:
             self._misbehave()
         if self._name == "slow":

@@ -63,12 +63,15 @@ def test_inputs_are_what_the_batches_mean_through_hits_forks_chunks_and_preempti
         params = SamplingParams(n=rng.choice((1, 1, 3)), max_tokens=rng.randrange(1, 40))
         scheduler.add(Request(request_id=str(index), prompt_token_ids=prompt, params=params, seed=0))
     num_copies = num_mixed = 0
+    started: list[str] = []
     while (batch := scheduler.schedule()) is not None:
         check(batch, builder.build(batch))
         num_copies += len(batch.block_copies)
+        started += batch.started
         num_mixed += 0 < batch.num_decodes < len(batch.sequences)
         scheduler.update(batch, SampledTokens([rng.randrange(100) for _ in batch.sampling]))
     stats = scheduler.stats()
+    assert sorted(started, key=int) == [str(index) for index in range(30)]
     assert num_copies > 0
     assert num_mixed > 0
     assert stats.num_preemptions > 0

@@ -41,18 +41,15 @@ def test_choices_share_the_prompt_and_differ(llm: LLM) -> None:
 
 
 def test_stop_string_ends_its_choice_alone(llm: LLM) -> None:
-    prompts = ["Once upon a time there was a"] * 2
-    free, stopped = llm.generate(
-        prompts,
-        [
-            SamplingParams(temperature=0.0, max_tokens=30),
-            SamplingParams(temperature=0.0, max_tokens=30, stop=(" the",)),
-        ],
-    )
-    assert " the" in free.outputs[0].text
-    assert stopped.outputs[0].text == free.outputs[0].text.split(" the")[0]
+    prompt, greedy = "Once upon a time there was a", SamplingParams(temperature=0.0, max_tokens=30)
+    text = llm.generate(prompt, greedy)[0].outputs[0].text
+    word = " " + text.split()[4]
+    stopping = SamplingParams(temperature=0.0, max_tokens=30, stop=(word,))
+    free, stopped = llm.generate([prompt] * 2, [greedy, stopping])
+    assert free.outputs[0].text == text
+    assert stopped.outputs[0].text == text.split(word)[0]
     assert stopped.outputs[0].finish_reason == "stop"
-    assert stopped.outputs[0].stop_reason == " the"
+    assert stopped.outputs[0].stop_reason == word
     assert len(stopped.outputs[0].token_ids) < len(free.outputs[0].token_ids)
 
 

@@ -91,6 +91,7 @@ class FakeClient:
     num_steps: int = 0
     """Steps whose deltas were taken."""
     num_aborted: int = 0
+    on_step: Callable[[int], None] = field(default=lambda num_tokens: None)
 
     def stats(self) -> SchedulerStats:
         return SchedulerStats(num_running=self.num_open, num_free_blocks=48, num_used_blocks=15)
@@ -124,6 +125,7 @@ class FakeClient:
                 reason = ("error" if self.finish_with_error else "length") if last else None
                 deltas = [self._delta(prompt_token_ids, choice, step, reason) for choice in range(params.n)]
                 finished = last
+                self.on_step(len(prompt_token_ids) if step == 0 else params.n)
                 yield deltas
                 self.num_steps += 1
         finally:
@@ -140,6 +142,7 @@ class FakeClient:
             finish_reason=reason,
             num_cached_tokens=self.num_cached_tokens,
             num_output_tokens=step + 1,
+            started_at=time.monotonic(),
         )
 
 
