@@ -21,6 +21,9 @@ from quire.tales import MODEL_DIR
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt2", "tales"]
 WINDOWED = {"mistral": {"sliding_window": 11}}
 PROMPT_LENGTHS = (1, 3, 16, 17, 45, 70)
+CROWDED_LENGTHS = (14, 15, 16, 13, 12, 16)
+"""One block each at first and three at the end: more than a pool of CROWDED_BLOCKS holds."""
+CROWDED_BLOCKS = 12
 NUM_OUTPUT_TOKENS = 24
 MAX_MODEL_LEN = 128
 
@@ -39,13 +42,17 @@ def each_family(*names: str, **overrides: Any) -> pytest.MarkDecorator:
 
 
 @lru_cache(maxsize=4)
-def reference(directory: Path) -> tuple[list[list[int]], list[list[int]]]:
+def reference(
+    directory: Path, lengths: tuple[int, ...] = PROMPT_LENGTHS, ignore_eos: bool = False
+) -> tuple[list[list[int]], list[list[int]]]:
     """Prompts, and what transformers makes of each by itself."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     ).eval()
+    if ignore_eos:
+        model.generation_config.eos_token_id = None
     rng = random.Random(7)
-    prompts = [[rng.randrange(3, model.config.vocab_size) for _ in range(length)] for length in PROMPT_LENGTHS]
+    prompts = [[rng.randrange(3, model.config.vocab_size) for _ in range(length)] for length in lengths]
     outputs = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -125,9 +132,10 @@ def test_warm_prefix_cache(checkpoint: Path) -> None:
 @each_family(*FAMILIES)
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_forced_preemption(checkpoint: Path, prefix_caching: bool) -> None:
-    prompts, expected = reference(checkpoint)
-    engine = make_engine(checkpoint, num_blocks=10, enable_prefix_caching=prefix_caching)
-    assert run(engine, prompts) == expected
+    prompts, expected = reference(checkpoint, CROWDED_LENGTHS, True)
+    params = SamplingParams(temperature=0.0, max_tokens=NUM_OUTPUT_TOKENS, ignore_eos=True)
+    engine = make_engine(checkpoint, num_blocks=CROWDED_BLOCKS, enable_prefix_caching=prefix_caching)
+    assert run(engine, prompts, params) == expected
     assert engine.stats().num_preemptions > 0
 
 
@@ -148,10 +156,10 @@ def test_window_shorter_than_the_prompt_frees_blocks(checkpoint: Path) -> None:
 
 @each_family(*FAMILIES)
 def test_a_seed_gives_the_same_tokens_alone_in_a_batch_and_after_preemption(checkpoint: Path) -> None:
-    prompts, _ = reference(checkpoint)
-    params = SamplingParams(temperature=1.0, top_k=50, top_p=0.95, max_tokens=NUM_OUTPUT_TOKENS)
+    prompts, _ = reference(checkpoint, CROWDED_LENGTHS, True)
+    params = SamplingParams(temperature=1.0, top_k=50, top_p=0.95, max_tokens=NUM_OUTPUT_TOKENS, ignore_eos=True)
     together = run(make_engine(checkpoint), prompts, params)
-    crowded = make_engine(checkpoint, num_blocks=10)
+    crowded = make_engine(checkpoint, num_blocks=CROWDED_BLOCKS)
     assert run(crowded, prompts, params) == together
     assert crowded.stats().num_preemptions > 0
     engine = make_engine(checkpoint, max_num_seqs=1)
