@@ -10,6 +10,9 @@ import pytest
 
 from quire.config import ConfigError, EngineConfig
 from quire.engine.engine import Engine
+from quire.kernels.cpu_workers import Worker
+from quire.sampling_params import SamplingParams
+from quire.scheduler.request import Request
 
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 16 * 4  # K and V, layers, heads, tokens, head dim, float32
 
@@ -76,3 +79,14 @@ def test_what_does_not_fit_names_the_flag_and_a_value(
 def test_flags_out_of_bounds_are_named(field: str) -> None:
     with pytest.raises(ConfigError, match="--"):
         EngineConfig(model="x", **{field: 0})
+
+
+def test_nothing_is_left_to_compile_for_the_first_request(
+    start: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start(num_blocks=64)
+    monkeypatch.setattr(Worker, "compile", lambda *_: pytest.fail("A kernel was compiled while serving."))
+    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    engine.add(Request(request_id="r", prompt_token_ids=list(range(40)), params=params, seed=0))
+    tokens = [token_id for _ in range(3) for output in engine.step() for token_id in output.token_ids]
+    assert len(tokens) == 3

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from quire.kernels.cpu_warm_up import warm_up
 from quire.kernels.kv_write import kv_write
 from quire.kernels.rms_norm import rms_norm
 from quire.kernels.rope import rope
@@ -172,13 +171,3 @@ def test_a_planted_fault_is_noticed() -> None:
     rope(x, x.clone(), positions, cos_sin, backend="cpu")
     with pytest.raises(AssertionError):
         assert_near(x, expected)
-
-
-@DTYPES
-def test_warm_up_compiles_everything(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from quire.kernels.cpu_workers import Worker
-
-    warm_up(dtype)
-    monkeypatch.setattr(Worker, "compile", lambda *_: pytest.fail("something was left to compile"))
-    warm_up(dtype)
-    test_rms_norm_of_heads_in_a_fused_tensor(dtype)
