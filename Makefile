@@ -17,7 +17,7 @@ help: ## list these commands
 
 setup: $(STAMP) ## make .venv with pinned versions (no CUDA packages without an NVIDIA GPU)
 
-$(STAMP): requirements.lock pyproject.toml Makefile
+$(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Quire needs Python 3.11 or newer; set PYTHON=/path/to/python3.11.")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --require-hashes -r requirements.lock
@@ -48,6 +48,7 @@ check: $(STAMP) ## lint, format, strict types, layering
 
 bench: $(STAMP) ## measure the scheduler and the kernels on this machine
 	$(BIN)/python benchmarks/paging.py
+	$(BIN)/python benchmarks/step_overhead.py
 	$(BIN)/python benchmarks/kernels.py
 
 size: ## lines per file, longest first; functions over 60 lines
