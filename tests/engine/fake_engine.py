@@ -12,6 +12,8 @@ The configuration's `model` is "name" or "name:number":
     failing:N       step N raises
     garbage:N       step N writes bytes that are no frame
 
+Steps are counted from the newest request on, so that a burst of requests is in before the fault.
+
 A prompt of one token 13 is refused as the scheduler would refuse it.
 """
 
@@ -50,6 +52,7 @@ class FakeEngine:
         self._requests: dict[str, tuple[Request, dict[int, int]]] = {}
         self._num_steps = 0
         self.started: list[str] = []
+        self._num_steps_since_add = 0
         self._num_aborts = 0
         self.info = EngineInfo(
             architecture="Fake",
@@ -71,6 +74,7 @@ class FakeEngine:
             raise AdmissionError("It can never fit.", code="context_length_exceeded", param="prompt")
         if request.eos_token_ids != (2,) or not 0 <= request.seed < 2**64:
             raise AdmissionError("The request was not filled in.", code="test", param="seed")
+        self._num_steps_since_add = 0
         self._requests[request.request_id] = (request, dict.fromkeys(range(request.params.n), 0))
 
     def abort(self, request_id: str, choice_index: int | None = None) -> None:
@@ -88,7 +92,8 @@ class FakeEngine:
     def step(self) -> list[StepOutput]:
         self._num_steps += 1
         self.started = list(self._requests)
-        if self._num_steps == self._number:
+        self._num_steps_since_add += 1
+        if self._num_steps_since_add == self._number:
             self._misbehave()
         if self._name == "slow":
             time.sleep(self._number / 1000)

@@ -161,7 +161,7 @@ def test_unknown_and_duplicate_aborts_are_no_ops(harness: Harness) -> None:
     harness.run(check)
 
 
-@pytest.mark.parametrize(("model", "kill"), [("slow:5", True), ("failing:20", False), ("garbage:20", False)])
+@pytest.mark.parametrize(("model", "kill"), [("slow:5", True), ("failing:500", False), ("garbage:500", False)])
 def test_every_stream_learns_of_the_engines_death(
     harness: Harness, model: str, kill: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
