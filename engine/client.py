@@ -179,7 +179,7 @@ class EngineClient:
                 self._process.send(Abort(request_id=internal_id))
 
     async def reset_prefix_cache(self) -> None:
-        """Forget cached blocks that no running request uses; holds for every request submitted afterwards."""
+        """Forget all prefix-cache keys; holds for every request submitted afterwards."""
         if not self._alive:
             raise EngineDeadError("The engine process is not running.")
         self._process.send(ResetPrefixCache())

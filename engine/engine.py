@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from quire.config import EngineConfig, SchedulerConfig
-from quire.engine.device import choose_device, choose_dtype
+from quire.engine.device import choose_device, choose_dtype, dtype_name
 from quire.engine.inputs import InputBuilder
 from quire.engine.kv_storage import KVStorage
 from quire.engine.memory import plan_memory
@@ -67,10 +67,6 @@ class Engine:
             max_num_seqs=max_num_seqs,
         )
         self._kv = KVStorage(model_config, budget.num_blocks, config.block_size, dtype, device)
-        progress("kernels", 0, 1)
-        with torch.inference_mode():
-            warm_up(self._model, self._kv, device)
-        progress("kernels", 1, 1)
         self._inputs = InputBuilder(max_num_seqs, budget.max_model_len, config.block_size, device)
         self._sampler = Sampler(max_num_seqs)
         self._scheduler = Scheduler(
@@ -98,11 +94,15 @@ class Engine:
             num_blocks=budget.num_blocks,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(dtype),
             device=device.type,
             enable_prefix_caching=config.enable_prefix_caching,
             memory_budget=budget.lines,
         )
+        progress("kernels", 0, 1)
+        with torch.inference_mode():
+            warm_up(self._model, self._kv, device)
+        progress("kernels", 1, 1)
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from quire.config import ConfigError, EngineConfig
+from quire.engine.device import dtype_name
 from quire.engine.kv_storage import bytes_per_block
 from quire.models.config import ModelConfig
 
@@ -38,11 +39,6 @@ def plan_memory(
     """
     block_bytes = bytes_per_block(model_config, config.block_size, dtype)
     wanted_len = config.max_model_len or model_config.max_position_embeddings
-    if wanted_len > model_config.max_position_embeddings:
-        raise ConfigError(
-            f"--max-model-len {wanted_len} is longer than the {model_config.max_position_embeddings} positions of this "
-            f"model; use at most {model_config.max_position_embeddings}."
-        )
     activations = activation_bytes(config, model_config, dtype, max_num_seqs)
     free = free_memory_bytes(device, config.gpu_memory_utilization) - activations
     num_blocks = _number_of_blocks(config, block_bytes, free, max_num_seqs, wanted_len)
@@ -64,7 +60,7 @@ def plan_memory(
         )
     max_model_len = min(wanted_len, pool_tokens)
     lines = [
-        f"weights      {_mib(weight_bytes):>12}  {_dtype_name(dtype)} on {device.type}",
+        f"weights      {_mib(weight_bytes):>12}  {dtype_name(dtype)} on {device.type}",
         f"activations  {_mib(activations):>12}  {config.max_num_batched_tokens} tokens a step, {max_num_seqs} requests",
         f"KV-cache     {_mib(num_blocks * block_bytes):>12}  {num_blocks - 1} blocks of {config.block_size} = "
         f"{pool_tokens} tokens",
@@ -126,7 +122,3 @@ def _cgroup_free_bytes() -> int:
 
 def _mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:,.1f} MiB"
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -161,8 +161,5 @@ class Sampler:
 def mask_early_stops(logits: torch.Tensor, sequences: list[Sequence]) -> None:
     """Before `min_tokens` output tokens, what would end the sequence cannot be chosen. In place on [R, V]."""
     for row, sequence in enumerate(sequences):
-        params = sequence.request.params
-        if len(sequence.token_ids) - sequence.num_prompt_tokens < params.min_tokens:
-            eos_token_ids = () if params.ignore_eos else sequence.request.eos_token_ids
-            for token_id in (*params.stop_token_ids, *eos_token_ids):
-                logits[row, token_id] = -torch.inf
+        if sequence.num_output_tokens < sequence.request.params.min_tokens:
+            logits[row, list(sequence.stop_token_ids)] = -torch.inf
