@@ -113,8 +113,8 @@ class Engine:
             return []
         inputs = self._inputs.build(batch)
         self._kv.copy_blocks(batch.block_copies)
-        logits = self._model.forward(inputs, self._kv.layers)
-        sampled = self._sampler.sample(logits, batch)
+        hidden = self._model.forward(inputs, self._kv.layers)
+        sampled = self._sampler.sample(self._model.logits(hidden), batch)
         return self._scheduler.update(batch, sampled)
 
     def add(self, request: Request) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from quire.engine.detokenizer import DetokenizerFactory, IncrementalDetokenizer, StopMatcher, StopStrings
 from quire.engine.tokenizer import Tokenizer
 from quire.sampling_params import SamplingParams
-from quire.scheduler.output import FinishReason, StepOutput
+from quire.scheduler.output import FinishReason, StepOutput, TokenLogProbs
 
 
 @dataclass(slots=True)
@@ -29,6 +29,12 @@ class TextDelta:
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
     """Output tokens of this choice so far."""
+    log_probs: list[TokenLogProbs] | None = None
+    """One for each of `token_ids`, if the request asks for `logprobs`."""
+    prompt_log_probs: list[TokenLogProbs] | None = None
+    """Once for a request that asks for `prompt_logprobs`: of all prompt tokens but the first."""
+    cumulative_log_prob: float | None = None
+    """With the finish of a beam: its log-probability, without length penalty."""
     started_at: float | None = None
     """When the engine first scheduled the request, in seconds of time.monotonic(); None where nobody measured."""
 

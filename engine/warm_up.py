@@ -18,7 +18,7 @@ def warm_up(model: Model, kv: KVStorage, device: torch.device) -> None:
     def integers(values: list[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
-    model.forward(
+    hidden = model.forward(
         ForwardBatch(
             token_ids=integers([0] * num_tokens, torch.int64),
             positions=integers([0, *range(NUM_PREFILL_TOKENS)], torch.int64),
@@ -33,3 +33,4 @@ def warm_up(model: Model, kv: KVStorage, device: torch.device) -> None:
         ),
         kv.layers,
     )
+    model.logits(hidden)

@@ -51,11 +51,14 @@ class GPT2:
         self.weight_bytes = weights.num_bytes
 
     def forward(self, batch: ForwardBatch, kv_caches: list[KVCache]) -> torch.Tensor:
-        """Logits [R, vocab_size] float32 of the tokens `batch.logits_indices`; K and V of all go into the caches."""
+        """Final hidden states [R, H] of the tokens `batch.logits_indices`; K and V of all go into the caches."""
         hidden = self._embedding(batch.token_ids) + self._positions(batch.positions)
         for layer, cache in zip(self._layers, kv_caches, strict=True):
             hidden = layer(hidden, batch, cache)
-        return self._head(self._norm(hidden[batch.logits_indices]))
+        return self._norm(hidden[batch.logits_indices])
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._head(hidden)
 
 
 def conv1d(weights: Weights, name: str, in_features: int, out_features: int) -> Linear:

@@ -27,6 +27,10 @@ class Model(Protocol):
                 model's dtype. The step's keys and values are written at `batch.slot_mapping`.
 
         Returns:
-            Logits [R, vocab_size] float32, one row for each of `batch.logits_indices`.
+            Final hidden states [R, hidden_size], one row for each of `batch.logits_indices`: what `logits` takes.
         """
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """From rows that `forward` returned, [R, hidden_size], to their logits [R, vocab_size] float32."""
         ...

@@ -18,11 +18,12 @@ def max_sequence_tokens(request: Request, config: SchedulerConfig) -> int:
     num_output_tokens = request.params.max_tokens
     if num_prompt_tokens == 0:
         raise AdmissionError("The prompt must have at least one token.", code="empty_prompt", param="prompt")
-    if request.params.n > config.max_num_seqs:
+    if request.params.num_sequences > config.max_num_seqs:
+        name = "n" if request.params.best_of is None else "best_of"
         raise AdmissionError(
-            f"n is at most {config.max_num_seqs} here: that many sequences run at once.",
+            f"{name} is at most {config.max_num_seqs} here: that many sequences run at once.",
             code="n_too_large",
-            param="n",
+            param=name,
         )
     _check_context(num_prompt_tokens, num_output_tokens, config)
     pool_limit = _pool_limit(config)

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from quire.scheduler.sequence import Sequence
 
 
+MIN_LOG_PROB = -9999.0
+
+
 class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
@@ -54,10 +57,43 @@ class ScheduledBatch:
 
 
 @dataclass(slots=True)
+class TokenLogProbs:
+    """Log-probabilities at one position, natural logarithm, of the raw distribution: before penalties and temperature.
+
+    Never below MIN_LOG_PROB, so that they can be written as JSON.
+    """
+
+    token_id: int
+    log_prob: float
+    top_token_ids: list[int]
+    """As many as were asked for, the most probable first; of equal ones the lower id first."""
+    top_log_probs: list[float]
+
+
+@dataclass(slots=True)
+class Candidate:
+    """One continuation of a beam."""
+
+    token_id: int
+    log_prob: float
+    """Of this token alone, after penalties, bias and masks; what a beam's score sums up."""
+    log_probs: TokenLogProbs | None = None
+    """Set if the request asks for `logprobs`."""
+
+
+@dataclass(slots=True)
 class SampledTokens:
-    """One entry for each index in `ScheduledBatch.sampling`; `None`: this row's logits were not finite."""
+    """What the sampler made of a batch."""
 
     token_ids: list[int | None]
+    """One entry for each index in `ScheduledBatch.sampling`; `None`: this row's logits were not finite. Of a beam, and
+    of a sequence without output, any token id."""
+    log_probs: dict[int, TokenLogProbs] = field(default_factory=dict)
+    """By index into `token_ids`: of the rows whose request asks for `logprobs`; beams have theirs in `candidates`."""
+    candidates: dict[int, list[Candidate]] = field(default_factory=dict)
+    """By index into `token_ids`: the best continuations of each beam, the best first."""
+    prompt_log_probs: dict[int, list[TokenLogProbs]] = field(default_factory=dict)
+    """By index into `ScheduledBatch.sequences`: of a prompt that was computed to its end, all tokens but the first."""
 
 
 @dataclass(slots=True)
@@ -72,6 +108,12 @@ class StepOutput:
     """The stop token id that ended the choice; None for end-of-sequence, length and errors."""
     num_cached_tokens: int = 0
     """Prompt tokens of this choice found in the prefix cache at its first admission."""
+    log_probs: list[TokenLogProbs] | None = None
+    """One for each of `token_ids`, if the request asks for `logprobs`."""
+    prompt_log_probs: list[TokenLogProbs] | None = None
+    """Once for a request that asks for `prompt_logprobs`: of all prompt tokens but the first."""
+    cumulative_log_prob: float | None = None
+    """With the finish of a beam: its log-probability, without length penalty."""
 
 
 @dataclass(slots=True)

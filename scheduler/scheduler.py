@@ -66,7 +66,7 @@ class Scheduler:
                 block_table=self.blocks.new_table(),
                 block_keys=[root_key],
             )
-            for choice_index in range(request.params.n)
+            for choice_index in range(request.params.num_sequences)
         ]
         self._num_arrivals += 1
         self._num_live += len(sequences)

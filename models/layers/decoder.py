@@ -62,9 +62,12 @@ class Decoder:
         return DecoderLayer(self.config, weights, name, attention(index, f"{name}.self_attn"), mlp)
 
     def forward(self, batch: ForwardBatch, kv_caches: list[KVCache]) -> torch.Tensor:
-        """Logits [R, vocab_size] float32 of the tokens `batch.logits_indices`; K and V of all go into the caches."""
+        """Final hidden states [R, H] of the tokens `batch.logits_indices`; K and V of all go into the caches."""
         hidden = self._embedding(batch.token_ids)
         residual = torch.zeros_like(hidden)
         for layer, cache in zip(self._layers, kv_caches, strict=True):
             hidden = layer(hidden, residual, batch, cache)
-        return self._head(self._norm(hidden[batch.logits_indices], residual[batch.logits_indices]))
+        return self._norm(hidden[batch.logits_indices], residual[batch.logits_indices])
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._head(hidden)

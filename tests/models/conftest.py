@@ -67,7 +67,7 @@ class PagedRunner:
             max_seq_len=max(self.lengths[name] for name in work),
         )
         with torch.inference_mode():
-            logits = self.model.forward(batch, self.caches)
+            logits = self.model.logits(self.model.forward(batch, self.caches))
         assert logits.dtype == torch.float32
         sizes = counts if every_token else [1] * len(work)
         parts = dict(zip(work, logits.split(sizes), strict=True))
