@@ -71,14 +71,14 @@ class TokenLogProbs:
 
 
 @dataclass(slots=True)
-class Candidate:
-    """One continuation of a beam."""
+class Candidates:
+    """The best continuations of one beam, the best first; those that masks exclude are not among them."""
 
-    token_id: int
-    log_prob: float
-    """Of this token alone, after penalties, bias and masks; what a beam's score sums up."""
-    log_probs: TokenLogProbs | None = None
-    """Set if the request asks for `logprobs`."""
+    token_ids: list[int]
+    log_probs: list[float]
+    """Of each token alone, after penalties, bias and masks: what a beam's score sums up."""
+    raw: list[TokenLogProbs] | None = None
+    """Of each token, if the request asks for `logprobs`."""
 
 
 @dataclass(slots=True)
@@ -90,8 +90,8 @@ class SampledTokens:
     of a sequence without output, any token id."""
     log_probs: dict[int, TokenLogProbs] = field(default_factory=dict)
     """By index into `token_ids`: of the rows whose request asks for `logprobs`; beams have theirs in `candidates`."""
-    candidates: dict[int, list[Candidate]] = field(default_factory=dict)
-    """By index into `token_ids`: the best continuations of each beam, the best first."""
+    candidates: dict[int, Candidates] = field(default_factory=dict)
+    """By index into `token_ids`: of each beam whose logits were finite."""
     prompt_log_probs: dict[int, list[TokenLogProbs]] = field(default_factory=dict)
     """By index into `ScheduledBatch.sequences`: of a prompt that was computed to its end, all tokens but the first."""
 

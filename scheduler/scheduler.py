@@ -211,7 +211,7 @@ class Scheduler:
         outputs: list[StepOutput] = []
         any_ended = False
         sequences = batch.sequences
-        for index, token_id in zip(batch.sampling, sampled.token_ids, strict=True):
+        for row, (index, token_id) in enumerate(zip(batch.sampling, sampled.token_ids, strict=True)):
             sequence = sequences[index]
             if sequence.status is not RUNNING:
                 continue
@@ -226,16 +226,17 @@ class Scheduler:
             if end >= sequence.next_review or token_id in sequence.stop_token_ids:
                 finish_reason, stop_reason = self._review(sequence, end)
             sequence.num_computed_tokens = end
-            outputs.append(
-                StepOutput(
-                    sequence.request_id,
-                    sequence.choice_index,
-                    [token_id],
-                    finish_reason,
-                    stop_reason,
-                    sequence.num_cached_tokens,
-                )
+            output = StepOutput(
+                sequence.request_id,
+                sequence.choice_index,
+                [token_id],
+                finish_reason,
+                stop_reason,
+                sequence.num_cached_tokens,
             )
+            if row in sampled.log_probs:
+                output.log_probs = [sampled.log_probs[row]]
+            outputs.append(output)
             if finish_reason is not None:
                 self._end_running(sequence)
                 any_ended = True
