@@ -171,7 +171,7 @@ MUTANTS = [
         BlockTable,
         "fork",
         ("self.block_ids[:num_shared]", "self.block_ids[: -(-num_tokens // self._block_size)]"),
-        ("table.grow(1)", "num_tokens % self._block_size or table.grow(1)"),
+        ("(table.copy_target,) = table.grow(1)", "num_tokens % self._block_size or table.grow(1)"),
     ),
     mutant(
         "I10",
@@ -205,7 +205,7 @@ MUTANTS = [
         "I12",
         "a preempted sequence counts as computed",
         Scheduler,
-        "_preempt",
+        "preempt",
         ("sequence.num_computed_tokens = 0", "pass"),
     ),
     mutant("I13", "the rows of followers are lost", Scheduler, "_orphan_followers", ("self.free_rows += ", "_ = ")),
@@ -224,7 +224,7 @@ MUTANTS = [
         ("builder.budget -= num_tokens", "pass"),
     ),
     mutant(
-        "I15", "a preempted sequence stays in running", Scheduler, "_preempt", ("self.running.remove(sequence)", "pass")
+        "I15", "a preempted sequence stays in running", Scheduler, "preempt", ("self.running.remove(sequence)", "pass")
     ),
     mutant(
         "I15",
@@ -245,8 +245,8 @@ MUTANTS = [
         "nobody is ever preempted",
         scheduler,
         "choose_victims",
-        ("return [sequence]", "return []"),
-        ("return _holders_of_one_block(newest_first, ref_counts)", "return []"),
+        ("return unit", "return []"),
+        ("return _holders_of_one_block(candidates, ref_counts)", "return []"),
     ),
     mutant(
         "I17",
@@ -260,7 +260,7 @@ MUTANTS = [
         "the whole prompt is taken from the cache",
         BlockManager,
         "find_cached_prefix",
-        ("(len(sequence.token_ids) - 1)", "len(sequence.token_ids)"),
+        ("sequence.num_hittable_tokens", "len(sequence.token_ids)"),
     ),
     mutant(
         "I17",
@@ -289,7 +289,7 @@ MUTANTS = [
         "the oldest can be a victim",
         scheduler,
         "choose_victims",
-        ("running[max(running.index(requester), 1) :]", "running[:1]"),
+        ("units[: max(own, 1) - 1 : -1]", "units[:1]"),
     ),
     mutant(
         "I20",
@@ -308,8 +308,8 @@ MUTANTS = [
     mutant(
         "I23",
         "a fork takes over the whole prompt",
-        BlockManager,
-        "fork",
+        Scheduler,
+        "_fork_followers",
         ("leader.num_prompt_tokens - 1", "leader.num_prompt_tokens"),
     ),
     mutant(
@@ -323,21 +323,21 @@ MUTANTS = [
         "I25",
         "min_tokens is not heeded",
         Sequence,
-        "finish_reason",
-        ("self.num_output_tokens > self.request.params.min_tokens", "True"),
+        "end_at",
+        ("num_tokens - self.num_prompt_tokens > self.request.params.min_tokens", "True"),
     ),
     mutant(
         "I25",
         "the last token is cut off",
         Sequence,
-        "finish_reason",
+        "end_at",
         (">= self.max_num_tokens", ">= self.max_num_tokens - 1"),
     ),
     mutant(
         "I25",
         "a resumed sequence has lost a token",
         Scheduler,
-        "_preempt",
+        "preempt",
         (
             "sequence.num_computed_tokens = 0",
             "sequence.num_computed_tokens = 0; sequence.num_output_tokens > 1 and sequence.token_ids.pop()",

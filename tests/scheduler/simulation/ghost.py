@@ -11,9 +11,10 @@ from zlib import crc32
 
 from quire.config import SchedulerConfig
 from quire.scheduler.invariants import InvariantError
-from quire.scheduler.output import FinishReason, ScheduledBatch
+from quire.scheduler.output import FinishReason, SampledTokens, ScheduledBatch
 from quire.scheduler.request import Request
 from quire.scheduler.sequence import Sequence
+from simulation.beam_oracle import Told, candidates_after, search
 
 UNWRITTEN = -3
 POISON = -5
@@ -41,27 +42,31 @@ class GhostModel:
         self._block_size = config.block_size
         self._window = config.sliding_window
         self._vocab_size = vocab_size
-        self._expected: dict[Sequence, list[int]] = {}
+        self._expected: dict[Sequence, tuple[list[int], list[int]]] = {}
 
     def scramble(self, block_id: int) -> None:
         """A block that is handed out anew holds nothing that may be read."""
         self.pages[block_id] = [UNWRITTEN] * self._block_size
         self.written_by[block_id] = None
 
-    def forward(self, batch: ScheduledBatch, poisoned: Sequence | None) -> list[int | None]:
-        """Copy, write, read, sample: one entry for each of `batch.sampling`; None for `poisoned`."""
+    def forward(self, batch: ScheduledBatch, poisoned: Sequence | None) -> SampledTokens:
+        """Copy, write, read, sample; `poisoned` has no token, and no candidates."""
         for update in batch.block_table_updates:
             row = self._rows[update.row]
             row[update.start : update.start + len(update.block_ids)] = update.block_ids
         for source, target in batch.block_copies:
             self.pages[target] = self.pages[source][:]
         sampling = set(batch.sampling)
-        sampled: list[int | None] = []
+        sampled = SampledTokens([])
         for index, (sequence, num_tokens) in enumerate(zip(batch.sequences, batch.num_scheduled_tokens, strict=True)):
             visible = self._compute(sequence, num_tokens, sequence is poisoned)
             if index in sampling:
                 token_id = next_token(visible, sequence.request, sequence.choice_index, self._vocab_size)
-                sampled.append(None if sequence is poisoned else token_id)
+                if sequence.beam is not None and sequence is not poisoned:
+                    sampled.candidates[len(sampled.token_ids)] = candidates_after(
+                        visible, sequence.request, sequence.num_output_tokens, self._vocab_size
+                    )
+                sampled.token_ids.append(None if sequence is poisoned else token_id)
         return sampled
 
     def forget(self, sequence: Sequence) -> None:
@@ -93,9 +98,10 @@ class GhostModel:
         return content[0 if self._window is None else max(0, end - self._window) : end]
 
     def _expect(self, sequence: Sequence) -> list[int]:
-        expected = self._expected.get(sequence)
-        if expected is None:
-            expected = self._expected[sequence] = []
+        token_ids, expected = self._expected.get(sequence, ([], []))
+        if token_ids is not sequence.token_ids:
+            expected = []
+            self._expected[sequence] = (sequence.token_ids, expected)
         previous = expected[-1] if expected else root_fingerprint(sequence.request)
         for token_id in sequence.token_ids[len(expected) :]:
             previous = fingerprint(previous, token_id)
@@ -103,16 +109,23 @@ class GhostModel:
         return expected
 
 
-def oracle(
-    request: Request, choice_index: int, max_num_tokens: int, window: int | None, vocab_size: int
-) -> tuple[list[int], FinishReason, int | None]:
-    """What the model says when each request has the machine to itself and nothing is ever cached: (tokens, end)."""
-    params = request.params
-    content: list[int] = []
+def fingerprints(request: Request, token_ids: list[int]) -> list[int]:
+    """Content of all slots of a sequence."""
     previous = root_fingerprint(request)
-    for token_id in request.prompt_token_ids:
+    content = []
+    for token_id in token_ids:
         previous = fingerprint(previous, token_id)
         content.append(previous)
+    return content
+
+
+def oracle(request: Request, choice_index: int, max_num_tokens: int, window: int | None, vocab_size: int) -> Told:
+    """What the model says when each request has the machine to itself and nothing is ever cached."""
+    params = request.params
+    if params.use_beam_search:
+        choices = search(request, max_num_tokens, window, vocab_size, lambda ids: fingerprints(request, ids))
+        return choices[choice_index]
+    content = fingerprints(request, request.prompt_token_ids)
     output: list[int] = []
     while True:
         visible = content if window is None else content[-window:]
@@ -120,9 +133,9 @@ def oracle(
         output.append(token_id)
         if len(output) > params.min_tokens:
             if token_id in request.eos_token_ids and not params.ignore_eos:
-                return output, FinishReason.STOP, None
+                return output, FinishReason.STOP, None, None
             if token_id in params.stop_token_ids:
-                return output, FinishReason.STOP, token_id
+                return output, FinishReason.STOP, token_id, None
         if len(content) + 1 == max_num_tokens:
-            return output, FinishReason.LENGTH, None
+            return output, FinishReason.LENGTH, None, None
         content.append(fingerprint(content[-1], token_id))
