@@ -21,10 +21,10 @@ import uvloop
 from quire.config import EngineConfig
 from quire.engine import delta_queue
 from quire.engine.client import EngineClient, EngineDeadError, EngineStartError, ReaderTooSlowError, RequestRejected
-from quire.engine.delta_queue import DeltaQueue, merge
+from quire.engine.delta_queue import DeltaQueue
 from quire.engine.messages import Abort, LoadProgress
-from quire.engine.output_processor import TextDelta
 from quire.engine.process_handle import ENGINE_COMMAND
+from quire.engine.text_delta import TextDelta, merge
 from quire.sampling_params import SamplingParams
 
 PARTS = ["the ", "Ö", "日本", "👨‍👩‍👧‍👦", "👍🏽", "e\u0301", "\n", "𝔘", "한", "\u200d", "נ", "\ufe0f", "Ā"]

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quire.engine.output_processor import OutputProcessor, TextDelta
+from quire.engine.output_processor import OutputProcessor
+from quire.engine.text_delta import TextDelta
 from quire.engine.tokenizer import Tokenizer
 from quire.sampling_params import SamplingParams
 from quire.scheduler.output import FinishReason, StepOutput
