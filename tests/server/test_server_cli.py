@@ -195,12 +195,20 @@ def test_names_of_models(tmp_path: Path) -> None:
 def test_generation_config_gives_defaults_and_says_what_is_not_honoured(tmp_path: Path) -> None:
     assert read_generation_defaults(tmp_path) == (GenerationDefaults(), [])
     path = tmp_path / "generation_config.json"
-    path.write_text('{"temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.05, "do_sample": true}')
+    path.write_text('{"temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.05, "num_beams": 4}')
     defaults, warnings = read_generation_defaults(tmp_path)
-    assert defaults == GenerationDefaults(temperature=0.6, top_p=0.95, top_k=20)
+    assert defaults == GenerationDefaults(temperature=0.6, top_p=0.95, top_k=20, repetition_penalty=1.05)
     assert len(warnings) == 1
-    assert "repetition_penalty=1.05" in warnings[0]
-    for content in ("[]", "{", '{"temperature": "hot"}', '{"top_p": 7}', '{"top_k": NaN}', "[" * 100_000):
+    assert "num_beams=4" in warnings[0]
+    for content in (
+        "[]",
+        "{",
+        '{"temperature": "hot"}',
+        '{"top_p": 7}',
+        '{"top_k": NaN}',
+        "[" * 100_000,
+        '{"repetition_penalty": 0}',
+    ):
         path.write_text(content)
         with pytest.raises(ConfigError, match=r"generation_config\.json"):
             read_generation_defaults(tmp_path)
