@@ -117,13 +117,18 @@ def test_start_prints_the_budget_and_a_line_to_paste(tales: Quire) -> None:
     assert tales.model == "tales"
 
 
-@pytest.mark.parametrize("body", [{"temperature": 0}, {"seed": 7, "temperature": 1.0}, {"seed": 7, "stop": [" the"]}])
-def test_stream_and_whole_answer_agree(tales: Quire, body: dict[str, Any]) -> None:
-    whole = tales.complete(max_tokens=48, **body).json()
-    assert text_of_stream(tales.complete(max_tokens=48, stream=True, **body)) == whole["choices"][0]["text"]
-    if "stop" in body:
-        assert whole["choices"][0]["stop_reason"] == " the"
-        assert " the" not in whole["choices"][0]["text"]
+@pytest.mark.parametrize("body", [{"temperature": 0}, {"seed": 7, "temperature": 1.0}])
+@pytest.mark.parametrize("stops", [False, True])
+def test_stream_and_whole_answer_agree(tales: Quire, body: dict[str, Any], stops: bool) -> None:
+    body = {"max_tokens": 48, "ignore_eos": True, **body}
+    if stops:
+        text = tales.complete(**body).json()["choices"][0]["text"]
+        body["stop"] = [text[len(text) // 2 :][:4]]
+    whole = tales.complete(**body).json()["choices"][0]
+    assert text_of_stream(tales.complete(stream=True, **body)) == whole["text"]
+    if stops:
+        assert whole["stop_reason"] == body["stop"][0]
+        assert body["stop"][0] not in whole["text"]
 
 
 def test_second_time_the_prompt_is_cached(tales: Quire) -> None:
