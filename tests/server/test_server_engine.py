@@ -132,6 +132,30 @@ def test_stream_and_whole_answer_agree(tales: Quire, body: dict[str, Any], stops
         assert body["stop"][0] not in whole["text"]
 
 
+def test_log_probabilities_stream_as_they_are(tales: Quire) -> None:
+    body: dict[str, Any] = {"max_tokens": 24, "temperature": 0, "logprobs": 3, "ignore_eos": True}
+    whole = tales.complete(**body).json()["choices"][0]
+    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    streamed: dict[str, list[Any]] = {name: [] for name in names}
+    for line in tales.complete(**body, stream=True).text.split("\n\n"):
+        if line.startswith("data: {"):
+            for name in names:
+                streamed[name] += json.loads(line[6:])["choices"][0]["logprobs"][name]
+    assert streamed == whole["logprobs"]
+    assert "".join(streamed["tokens"]) == whole["text"]
+    for token, log_prob, top in zip(*(streamed[name] for name in names[:3]), strict=True):
+        assert top[token] == log_prob == max(top.values()), "greedy"
+        assert len(top) == 3
+
+
+def test_best_of_is_the_most_probable_choice(tales: Quire) -> None:
+    body: dict[str, Any] = {"max_tokens": 12, "seed": 5, "logprobs": 0}
+    every = tales.complete(**body, n=5).json()["choices"]
+    values = [choice["logprobs"]["token_logprobs"] for choice in every]
+    best = max(range(5), key=lambda index: sum(values[index]) / len(values[index]))
+    assert tales.complete(**body, best_of=5).json()["choices"][0]["text"] == every[best]["text"]
+
+
 def test_second_time_the_prompt_is_cached(tales: Quire) -> None:
     prompt = "There was once upon a time a queen who had a little daughter, and a stepmother who was a witch. " * 3
     first, second = (tales.complete(prompt=prompt, temperature=0).json() for _ in range(2))
