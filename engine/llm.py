@@ -11,13 +11,15 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from quire.config import EngineConfig
+from quire.engine.best_of import engine_params
 from quire.engine.engine import Engine
 from quire.engine.messages import EngineInfo
-from quire.engine.output_processor import OutputProcessor, TextDelta
-from quire.engine.tokenizer import Tokenizer
+from quire.engine.output_processor import OutputProcessor
+from quire.engine.text_delta import TextDelta
+from quire.engine.tokenizer import Tokenizer, with_bad_word_ids
 from quire.models.hub import resolve_model
 from quire.sampling_params import InvalidParameterError, SamplingParams
-from quire.scheduler.output import SchedulerStats
+from quire.scheduler.output import SchedulerStats, TokenLogProbs
 from quire.scheduler.request import Request
 
 
@@ -30,22 +32,33 @@ class CompletionOutput:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    cumulative_logprob: float | None = None
+    """Sum over the tokens, where log-probabilities were computed; of a beam, what the search ranked it by, without
+    length penalty."""
+    logprobs: list[TokenLogProbs] | None = None
+    """One for each of `token_ids`, if asked for."""
 
     def extend(self, delta: TextDelta) -> None:
         self.text += delta.text
         self.token_ids += delta.token_ids
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+        self.cumulative_logprob = delta.cumulative_log_prob
+        if delta.log_probs is not None:
+            self.logprobs = self.logprobs or []
+            self.logprobs += delta.log_probs
 
 
 @dataclass(slots=True)
 class RequestOutput:
-    """All choices of one prompt, in order of their index."""
+    """All choices of one prompt, in order of their index: of `best_of` and of a beam search the best first."""
 
     prompt: str | None
     """None if the prompt came as token ids."""
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogProbs] | None = None
+    """One for each prompt token but the first, if asked for."""
 
 
 class LLM:
@@ -100,7 +113,7 @@ class LLM:
             AdmissionError: a prompt can never fit. Nothing was generated then.
         """
         each: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else [*prompts]
-        params = _one_for_each(sampling_params or SamplingParams(), len(each))
+        params = self._one_for_each(sampling_params or SamplingParams(), len(each))
         results = [self._new_result(prompt, p) for prompt, p in zip(each, params, strict=True)]
         processor = OutputProcessor(self.tokenizer)
         by_id = self._submit(results, params, processor)
@@ -130,6 +143,13 @@ class LLM:
             raise InvalidParameterError("prompt", f"Token ids must lie in the vocabulary: 0 to {vocab_size - 1}.")
         return RequestOutput(text, token_ids, [CompletionOutput(index) for index in range(params.n)])
 
+    def _one_for_each(self, params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+        if isinstance(params, SamplingParams):
+            return [with_bad_word_ids(params, self.tokenizer)] * count
+        if len(params) != count:
+            raise ValueError(f"There are {count} prompts but {len(params)} sampling_params.")
+        return [with_bad_word_ids(p, self.tokenizer) for p in params]
+
     def _submit(
         self, results: list[RequestOutput], params: list[SamplingParams], processor: OutputProcessor
     ) -> dict[str, RequestOutput]:
@@ -143,7 +163,7 @@ class LLM:
                     Request(
                         request_id=request_id,
                         prompt_token_ids=result.prompt_token_ids,
-                        params=p,
+                        params=engine_params(p),
                         seed=self._seeds.getrandbits(64) if p.seed is None else p.seed,
                         eos_token_ids=tuple(self._engine.info.eos_token_ids),
                     )
@@ -156,15 +176,9 @@ class LLM:
         return by_id
 
 
-def _one_for_each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise ValueError(f"There are {count} prompts but {len(params)} sampling_params.")
-    return list(params)
-
-
 def _collect(result: RequestOutput, deltas: list[TextDelta]) -> None:
     for delta in deltas:
         result.outputs[delta.choice_index].extend(delta)
         result.num_cached_tokens = max(result.num_cached_tokens, delta.num_cached_tokens)
+        if delta.prompt_log_probs is not None:
+            result.prompt_logprobs = delta.prompt_log_probs

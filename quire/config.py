@@ -55,6 +55,8 @@ class EngineConfig:
     scheduling_policy: SchedulingPolicy = "fcfs"
     num_threads: int | None = None
     """CPU threads of the engine process."""
+    max_logprobs: int = 20
+    """Most `logprobs` and `prompt_logprobs` that a request may ask for."""
 
     def __post_init__(self) -> None:
         require_power_of_two("--block-size", self.block_size, 8, 256)
@@ -68,6 +70,8 @@ class EngineConfig:
         ):
             if value is not None and value < low:
                 raise ConfigError(f"{flag} must be at least {low}, not {value}.")
+        if not 0 <= self.max_logprobs <= 20:
+            raise ConfigError(f"--max-logprobs must be from 0 to 20, not {self.max_logprobs}.")
         if not (math.isfinite(self.gpu_memory_utilization) and 0 < self.gpu_memory_utilization <= 1):
             raise ConfigError(f"--gpu-memory-utilization must be in (0, 1], not {self.gpu_memory_utilization}.")
 
