@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from quire.engine.kv_storage import KVStorage
 from quire.engine.memory import plan_memory
 from quire.engine.messages import EngineInfo
 from quire.engine.sampler import Sampler
+from quire.engine.stop_texts import StopTextsFactory
 from quire.engine.warm_up import warm_up
 from quire.models.config import ModelConfig
 from quire.models.loading import load_model
@@ -69,6 +71,7 @@ class Engine:
         self._kv = KVStorage(model_config, budget.num_blocks, config.block_size, dtype, device)
         self._inputs = InputBuilder(max_num_seqs, budget.max_model_len, config.block_size, device)
         self._sampler = Sampler(max_num_seqs)
+        self._stop_texts = StopTextsFactory(directory)
         self._scheduler = Scheduler(
             SchedulerConfig(
                 num_blocks=budget.num_blocks,
@@ -125,7 +128,8 @@ class Engine:
             InvalidParameterError: a token id of its parameters lies outside the vocabulary.
         """
         request.params.check_vocabulary(self.info.vocab_size)
-        self._scheduler.add(request)
+        stop_texts = self._stop_texts.create(request.params)
+        self._scheduler.add(request if stop_texts is None else replace(request, stop_texts=stop_texts))
 
     def abort(self, request_id: str, choice_index: int | None = None) -> None:
         self._scheduler.abort(request_id, choice_index)

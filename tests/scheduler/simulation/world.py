@@ -202,10 +202,10 @@ class World:
 
     def _end(self, key: tuple[str, int]) -> None:
         sequence = self.open.pop(key).sequence
-        self._progress.pop(sequence, None)
-        self.ghost.forget(sequence)
         if sequence.request_id in self.scheduler.live and sequence.beam is not None:
             return  # other choices of the search are still wanted
+        self._progress.pop(sequence, None)
+        self.ghost.forget(sequence)
         if sequence.status is not FINISHED:
             raise InvariantError("I16", f"has ended: {sequence}")
         if sequence.block_table.held_block_ids():
