@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Final
+from typing import Any, Final
 
 from llguidance import LLMatcher, LLParserLimits
 from llguidance.gbnf_to_lark import any_to_lark
@@ -38,6 +38,10 @@ _TOO_COMPLEX: Final = re.compile(
     r"too (?:many|complex|large|big|deep|long)|size limit|nest limit|limit \d|max is|fuel|unable to determine",
     re.IGNORECASE,
 )
+_OPPOSITE_BOUNDS: Final = {
+    "exclusiveMinimum": ("maximum", "exclusiveMaximum"),
+    "exclusiveMaximum": ("minimum", "exclusiveMinimum"),
+}
 _KEYWORDS: Final = (
     *("not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems", "propertyNames"),
     *("dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems", "unevaluatedProperties"),
@@ -124,10 +128,34 @@ def _source(grammar: Grammar) -> str:
 
 
 def _json_source(schema: str) -> str:
+    _refuse_misread_bounds(json.loads(schema))
     try:
         return str(LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE}))
     except ValueError:
         raise GrammarError("invalid_grammar", "The schema is not valid.") from None
+
+
+def _refuse_misread_bounds(schema: Any) -> None:
+    """llguidance 1.9.1 lets an excluded whole number through if the other bound is less than one away from it.
+
+    The depth of `schema` was bounded by the constructor of its Grammar.
+    """
+    if isinstance(schema, list):
+        for each in schema:
+            _refuse_misread_bounds(each)
+    if not isinstance(schema, dict):
+        return
+    for excluding, names in _OPPOSITE_BOUNDS.items():
+        excluded = schema.get(excluding)
+        if not isinstance(excluded, (int, float)) or excluded != int(excluded):
+            continue
+        for other in (schema.get(name) for name in names):
+            if isinstance(other, (int, float)) and abs(other - excluded) < 1:
+                raise GrammarError(
+                    "invalid_grammar", f"{excluding} less than one from the other bound is not supported."
+                )
+    for each in schema.values():
+        _refuse_misread_bounds(each)
 
 
 def _lark_string(text: str) -> str:
