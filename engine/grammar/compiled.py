@@ -104,8 +104,11 @@ class CompiledGrammar:
 
 
 def is_lexer_failure(error: str) -> bool:
-    """Whether an error of a matcher is one that its siblings share."""
-    return "lexer" in error.lower()
+    """Whether an error of a matcher is one that its siblings share.
+
+    A lexer that has no room for a new state also makes a token fail that was just found to be allowed.
+    """
+    return "lexer" in error.lower() or "satisfy the grammar" in error
 
 
 def is_too_complex(error: str) -> bool:

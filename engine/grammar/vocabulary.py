@@ -10,6 +10,8 @@ import msgspec
 import numpy as np
 from llguidance import LLTokenizer
 from numpy.typing import NDArray
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
 
 from quire.config import ConfigError
 from quire.engine.tokenizer import Tokenizer
@@ -32,18 +34,17 @@ class GrammarVocabulary:
 
     def __init__(self, directory: Path | str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         tokenizer = Tokenizer(directory)
-        size = max(vocab_size, tokenizer.vocab_size)
         self.vocab_size = vocab_size
         self.eos_token_ids = frozenset(token_id for token_id in eos_token_ids if 0 <= token_id < vocab_size)
-        # llguidance wants an end of sequence; without one it gets an id of which no bit reaches a mask.
-        has_eos = bool(self.eos_token_ids)
-        self._num_ids = size if has_eos else size + 1
+        text = _with_known_decoder(tokenizer)
+        num_ids = tokenizer.vocab_size
+        eos = sorted(token_id for token_id in self.eos_token_ids if token_id < num_ids)
+        if not eos:
+            # llguidance wants an end of sequence. This one has no id of the model's, so no bit of it reaches a mask.
+            text, eos, num_ids = _with_one_more_token(text), [num_ids], num_ids + 1
+        self._num_ids = max(vocab_size, num_ids)
         try:
-            self.backend = LLTokenizer(
-                _with_known_decoder(tokenizer),
-                n_vocab=self._num_ids,
-                eos_token=sorted(self.eos_token_ids) if has_eos else [size],
-            )
+            self.backend = LLTokenizer(text, n_vocab=self._num_ids, eos_token=eos)
         except Exception as error:
             raise _unusable("llguidance cannot read it") from error
         except BaseException as error:  # a panic of the library is a BaseException of a type that it does not export
@@ -105,6 +106,12 @@ def _with_known_decoder(tokenizer: Tokenizer) -> str:
         ],
     }
     return msgspec.json.encode(content).decode()
+
+
+def _with_one_more_token(text: str) -> str:
+    backend = Backend.from_str(text)
+    backend.add_special_tokens([AddedToken("<|quire: end of output|>", special=True, normalized=False)])
+    return str(backend.to_str())
 
 
 def _decoders(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
