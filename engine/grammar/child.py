@@ -30,6 +30,7 @@ STACK_BYTES: Final = 4 * 1024**2
 """Half of what the engine process usually has: what overflows a stack does it here."""
 _CPU_SECONDS: Final = 10
 """For one grammar. The parent kills much earlier, if it lives."""
+_START_CPU_SECONDS: Final = 60
 MAX_COMPILE_CPU_SECONDS: Final = 0.25
 """The engine compiles again, between two steps, and everyone waits for it."""
 _NUM_WALKS: Final = 4
@@ -45,7 +46,7 @@ def serve(sock: socket.socket) -> None:
     vocabulary: GrammarVocabulary | None = None
     while data := sock.recv(_READ_BYTES):
         for message in decoder.feed(data):
-            _allow_cpu_seconds(_CPU_SECONDS)
+            _allow_cpu_seconds(_START_CPU_SECONDS if isinstance(message, Start) else _CPU_SECONDS)
             if isinstance(message, Start):
                 try:
                     vocabulary = GrammarVocabulary(message.directory, message.vocab_size, message.eos_token_ids)

@@ -27,8 +27,10 @@ _MAX_ITEMS_IN_ROW_OF_JSON: Final = 1000
 
 BASE_BYTES: Final = 64 * 1024
 BYTES_PER_TEXT_BYTE: Final = 64
-_BYTES_PER_SECOND: Final = 100_000_000
-_WARM_SECONDS: Final = 50e-6
+_LEXER_BYTES_PER_SECOND: Final = 75_000_000
+"""The fastest growth that was measured, in a bounded string over a vocabulary of 128,000."""
+_WARM_SECONDS: Final = 100e-6
+"""A mask that takes no longer added little or nothing."""
 
 _STRING_REGEX_COMMENT: Final = re.compile(
     r'"(?:\\.|[^"\\\n])*"i?|/(?!/)(?:\\.|[^/\\])+/[imslux]*|(?:#|//)[^\n]*', re.DOTALL
@@ -99,7 +101,7 @@ class CompiledGrammar:
     def charge(self, seconds: float) -> None:
         """Account for the lexer states that a mask may have added: they cost time, by which their bytes are bounded."""
         if seconds > _WARM_SECONDS:
-            grown = self._lexer_bytes + seconds * _BYTES_PER_SECOND
+            grown = self._lexer_bytes + seconds * _LEXER_BYTES_PER_SECOND
             self._lexer_bytes = min(grown, MAX_LEXER_STATES * BYTES_PER_LEXER_STATE)
 
 

@@ -1,7 +1,8 @@
-"""Grammars made to hang, to overflow or to fill the memory of a compiler, as data: name to kind and text."""
+"""Grammars made to hang, to overflow or to fill the memory of a compiler, as data."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -13,7 +14,7 @@ INTEGER = {"type": "integer"}
 def terminals() -> str:
     """Twelve levels of five: 5 ** 10 letters, from a few lines."""
     levels = "CDEFGHIJKL"
-    lines = [f"{above}: " + " ".join([below] * 5) for above, below in zip(levels, levels[1:], strict=False)]
+    lines = [f"{above}: " + " ".join([below] * 5) for above, below in itertools.pairwise(levels)]
     return "\n".join(["start: A", "A: B B B", "B: C C C C", *lines, 'L: "x"'])
 
 
@@ -100,9 +101,9 @@ SCHEMAS: dict[str, Any] = {
     "unions": unions(),
     "enum": {"enum": ["x" * 50 + str(index) for index in range(1000)]},
 }
-CATASTROPHES: dict[str, tuple[GrammarKind, str]] = {
-    **{name: ("regex", text) for name, text in REGEXES.items()},
-    **{name: ("grammar", text) for name, text in LARK.items()},
-    **{name: ("json_schema", json.dumps(schema)) for name, schema in SCHEMAS.items()},
-    "choices": ("choice", json.dumps(["x" * 55 + str(index) for index in range(1000)])),
+CATASTROPHES: dict[GrammarKind, dict[str, str]] = {
+    "regex": REGEXES,
+    "grammar": LARK,
+    "json_schema": {name: json.dumps(schema) for name, schema in SCHEMAS.items()},
+    "choice": {"choices": json.dumps(["x" * 55 + str(index) for index in range(1000)])},
 }

@@ -84,18 +84,19 @@ async def code_of(compiler: GrammarCompiler, grammar: Grammar) -> str:
     return ""
 
 
-@pytest.mark.parametrize("name", CATASTROPHES)
-def test_catastrophes_end_in_time_and_the_next_works(name: str) -> None:
+@pytest.mark.parametrize("kind", ["regex", "grammar", "json_schema", "choice"])
+def test_catastrophes_end_in_time_and_the_next_works(kind: GrammarKind) -> None:
     async def scenario(compiler: GrammarCompiler) -> None:
-        await compiler.check(GOOD)
-        began = time.monotonic()
-        try:
-            code = await code_of(compiler, Grammar(*CATASTROPHES[name]))
-        except GrammarError as error:
-            code = error.code
-        assert time.monotonic() - began < DEADLINE_SECONDS + SLACK_SECONDS
-        assert code in {"", "invalid_grammar", "grammar_too_complex", "grammar_too_large", "grammar_timeout"}
-        assert await code_of(compiler, Grammar("choice", '["next"]')) == ""
+        for name, text in CATASTROPHES[kind].items():
+            assert await code_of(compiler, Grammar("choice", f'["before {name}"]')) == ""
+            began = time.monotonic()
+            try:
+                code = await code_of(compiler, Grammar(kind, text))
+            except GrammarError as error:
+                code = error.code
+            assert time.monotonic() - began < DEADLINE_SECONDS + SLACK_SECONDS, name
+            assert code in {"", "invalid_grammar", "grammar_too_complex", "grammar_too_large", "grammar_timeout"}, name
+            assert await code_of(compiler, Grammar("choice", f'["after {name}"]')) == ""
 
     run(scenario)
 
@@ -120,14 +121,14 @@ def test_what_is_refused_says_why_and_is_remembered() -> None:
 
 def test_a_child_that_hangs_is_killed_at_the_deadline_and_the_next_works() -> None:
     async def scenario(compiler: GrammarCompiler) -> None:
-        for _ in range(3):
+        for _ in range(2):
             began = time.monotonic()
-            assert await code_of(compiler, Grammar("regex", "hang")) == "grammar_timeout"
-            assert time.monotonic() - began < 0.3 + SLACK_SECONDS
+            assert await code_of(compiler, HANG) == "grammar_timeout"
+            assert 1.0 <= time.monotonic() - began < 1.0 + SLACK_SECONDS
             compiler._verdicts.clear()
             assert await code_of(compiler, GOOD) == ""
 
-    run(scenario, fake(), deadline=0.3)
+    run(scenario, fake(), deadline=1.0)
 
 
 def test_hanging_children_do_not_switch_structured_output_off() -> None:
@@ -136,7 +137,7 @@ def test_hanging_children_do_not_switch_structured_output_off() -> None:
         codes = await asyncio.gather(*(code_of(compiler, grammar) for grammar in [*hanging, GOOD]))
         assert codes == ["grammar_timeout", "grammar_timeout", "", ""]
 
-    run(scenario, fake(), deadline=0.3)
+    run(scenario, fake(), deadline=1.0)
 
 
 def test_a_timeout_is_remembered_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,11 +147,11 @@ def test_a_timeout_is_remembered_for_a_while_only(monkeypatch: pytest.MonkeyPatc
         assert await code_of(compiler, HANG) == "grammar_timeout"
         began = time.monotonic()
         assert await code_of(compiler, HANG) == "grammar_timeout"
-        assert time.monotonic() - began < 0.1
+        assert time.monotonic() - began < 0.5
         await asyncio.sleep(0.25)
         assert compiler._known(HANG.digest) is None
 
-    run(scenario, fake(), deadline=0.3)
+    run(scenario, fake(), deadline=1.0)
 
 
 @pytest.mark.parametrize("text", ["crash", "garbage"])
