@@ -132,6 +132,10 @@ class Tokenizer:
         token_id: int | None = self._backend.token_to_id(piece)
         return token_id
 
+    def to_json(self) -> str:
+        """tokenizer.json as it is used here: no truncation, no padding, special tokens marked."""
+        return str(self._backend.to_str())
+
     def _mark_special(self, tokens: list[str]) -> None:
         """What the configuration names as special is special, even where tokenizer.json does not say so."""
         known = {token.content for token in self._backend.get_added_tokens_decoder().values() if token.special}

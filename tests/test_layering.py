@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LEAVES = {"quire.config", "quire.sampling_params"}
+LEAVES = {"quire.config", "quire.grammar", "quire.sampling_params"}
 ALLOWED = {
     "scheduler": {"scheduler"},
     "kernels": {"kernels"},
@@ -35,6 +35,8 @@ FRONT_MODULES = [
     "quire.engine.tokenizer",
     "quire.engine.detokenizer",
     "quire.engine.output_processor",
+    "quire.engine.grammar.compiler",
+    "quire.engine.grammar.child",
 ]
 STANDARD_LIBRARY_ONLY = "scheduler"
 BANNED_MODULES = {"pickle", "dill", "cloudpickle", "marshal", "shelve", "multiprocessing"}
