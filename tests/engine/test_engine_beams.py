@@ -199,15 +199,16 @@ def test_among_sampled_and_greedy_requests(checkpoint: Path, options: dict[str, 
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_whole_groups_are_preempted_and_come_back(checkpoint: Path, prefix_caching: bool) -> None:
-    """Room for two groups as they begin, not as they end."""
-    prompts, eos_token_ids, expected = crowd(checkpoint)
-    engine = make_engine(checkpoint, num_blocks=14, enable_prefix_caching=prefix_caching, max_num_seqs=8)
+    """Room for all groups as they begin, not as they end."""
+    prompts, _, _ = crowd(checkpoint)
+    params = beams(4, max_tokens=40)
+    engine = make_engine(checkpoint, num_blocks=18, enable_prefix_caching=prefix_caching)
     for index, prompt in enumerate(prompts):
-        submit(engine, str(index), prompt, beams(4), eos_token_ids)
+        submit(engine, str(index), prompt, params, [])
     told = drain(engine)
     assert engine.stats().num_preemptions > 0
-    for index in range(len(prompts)):
-        compare(told, str(index), beams(4), expected[index])
+    for index, prompt in enumerate(prompts):
+        compare(told, str(index), params, reference(checkpoint, prompt, params, []))
 
 
 def test_a_window_shorter_than_the_text(tiny_checkpoint: TinyCheckpoint) -> None:
