@@ -140,8 +140,11 @@ class ChoiceState:
         """
         delta = TextDelta(self._index, "", output.token_ids, num_cached_tokens=output.num_cached_tokens)
         delta.prompt_log_probs = output.prompt_log_probs
+        delta.error = output.error
         silent = -1
-        if output.finish_reason is FinishReason.STOP and not self._params.include_stop_str_in_output:
+        if output.finish_reason is FinishReason.STOP and not (
+            self._params.include_stop_str_in_output or output.stopped_by_text
+        ):
             silent = len(output.token_ids) - 1
         offsets: list[int] = []
         for position, token_id in enumerate(output.token_ids):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from quire.scheduler.output import TokenLogProbs
+from quire.scheduler.output import ErrorCode, TokenLogProbs
 
 __all__ = ["TextDelta", "TokenLogProbs", "join", "merge"]
 
@@ -38,6 +38,8 @@ class TextDelta:
     cumulative_log_prob: float | None = None
     """With the finish, where log-probabilities were computed: the sum over the choice's tokens; of a beam that was
     searched to its end, what the search ranked it by, without length penalty."""
+    error: ErrorCode | None = None
+    """With the finish reason "error": the code of the API's answer."""
     num_discarded_tokens: int = 0
     """With the finish of `best_of`, once for a request: output tokens of the choices that were not among the best."""
     started_at: float | None = None
@@ -67,6 +69,7 @@ def join(parts: list[TextDelta]) -> TextDelta:
         text_offsets=None if last.log_probs is None else [each for part in parts for each in part.text_offsets or ()],
         prompt_log_probs=next((part.prompt_log_probs for part in parts if part.prompt_log_probs is not None), None),
         cumulative_log_prob=last.cumulative_log_prob,
+        error=last.error,
         num_discarded_tokens=last.num_discarded_tokens,
         started_at=last.started_at,
     )

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from quire.grammar import Grammar
+
 MAX_N = 128
 MAX_BEAM_WIDTH = 16
 MAX_LOGPROBS = 20
@@ -85,6 +87,8 @@ class SamplingParams:
     bad_word_token_ids: tuple[tuple[int, ...], ...] = ()
     """What `bad_words` are as tokens, each with and without a space before it: the last token of one is never chosen
     where the others stand before it. `engine.tokenizer.with_bad_word_ids` fills it in."""
+    grammar: Grammar | None = None
+    """What the whole output must look like; it ends where the grammar does, also with `ignore_eos` or `min_tokens`."""
     logprobs: int | None = None
     """Log-probabilities of the chosen tokens, and of so many of the best at each position, of the raw distribution."""
     prompt_logprobs: int | None = None

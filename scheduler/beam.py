@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from quire.scheduler.output import MIN_LOG_PROB, Candidates, FinishReason, StepOutput, TokenLogProbs
+from quire.scheduler.output import MIN_LOG_PROB, Candidates, ErrorCode, FinishReason, StepOutput, TokenLogProbs
 from quire.scheduler.request import Request
 from quire.scheduler.sequence import Sequence
 
@@ -50,6 +50,7 @@ class Hypothesis:
     log_probs: list[TokenLogProbs]
     finish_reason: FinishReason
     stop_reason: int | None
+    stopped_by_text: bool = False
 
 
 class BeamGroup:
@@ -71,6 +72,8 @@ class BeamGroup:
         """The best that have ended, at most `width`, the best first."""
         self.failed = False
         """The logits of a beam were not finite."""
+        self.failure: ErrorCode = "no_token_allowed"
+        """Why a beam had no continuations, if one had none."""
         self._early_stopping = params.early_stopping
         self._length_penalty = params.length_penalty
         self._max_output_tokens = seats[0].max_num_tokens - len(request.prompt_token_ids)
@@ -99,10 +102,12 @@ class BeamGroup:
             beam, candidates = _beam(parent), _candidates(parent)
             token_id = candidates.token_ids[place]
             log_probs = beam.log_probs if candidates.raw is None else [*beam.log_probs, candidates.raw[place]]
-            finish_reason, stop_reason = self._end_of(parent, token_id)
-            if finish_reason is not None:
+            end = self._end_of(parent, token_id)
+            if end is not None:
                 if rank < self.width:
-                    ended.append(self._hypothesis(parent, token_id, score, log_probs, finish_reason, stop_reason))
+                    token_ids = [*parent.token_ids[parent.num_prompt_tokens :], token_id]
+                    ranked_by = self._normalised(score, len(token_ids))
+                    ended.append(Hypothesis(token_ids, ranked_by, score, log_probs, *end))
             elif len(survivors) < self.width:
                 survivors.append(Survivor(parent, token_id, score, log_probs))
         # Stable: of equal scores the hypothesis that ended first stays.
@@ -119,27 +124,14 @@ class BeamGroup:
         ranked.sort(key=lambda each: -each[0])
         return ranked[: self.width * max(2, 1 + len(self.seats[0].stop_token_ids))]
 
-    def _end_of(self, parent: Sequence, token_id: int) -> tuple[FinishReason | None, int | None]:
-        """Whether `token_id` ends the beam, and which stop token id it was (None for end-of-sequence)."""
+    def _end_of(self, parent: Sequence, token_id: int) -> tuple[FinishReason, int | None, bool] | None:
+        """How `token_id` ends the beam, if it does: finish reason, stop token id, whether it was by a stop string."""
         finish_reason, stop_reason = parent.end_at(len(parent.token_ids) + 1, token_id)
         if finish_reason is not FinishReason.STOP and self.request.stop_texts is not None:
             output = [*parent.token_ids[parent.num_prompt_tokens :], token_id]
             if len(output) > self.request.params.min_tokens and self.request.stop_texts.ended(output):
-                return FinishReason.STOP, None
-        return finish_reason, stop_reason
-
-    def _hypothesis(
-        self,
-        parent: Sequence,
-        token_id: int,
-        log_prob: float,
-        log_probs: list[TokenLogProbs],
-        finish_reason: FinishReason,
-        stop_reason: int | None,
-    ) -> Hypothesis:
-        token_ids = [*parent.token_ids[parent.num_prompt_tokens :], token_id]
-        score = self._normalised(log_prob, len(token_ids))
-        return Hypothesis(token_ids, score, log_prob, log_probs, finish_reason, stop_reason)
+                return FinishReason.STOP, None, True
+        return None if finish_reason is None else (finish_reason, stop_reason, False)
 
     def _goes_on(self, survivors: list[Survivor]) -> bool:
         if not survivors:
@@ -182,8 +174,9 @@ class BeamGroup:
         request_id = self.request.request_id
         wanted = [index for index in range(self.request.params.n) if index not in self.unwanted]
         if self.failed or not self.hypotheses:
+            error: ErrorCode = "numerical_error" if self.failed else self.failure
             return [
-                StepOutput(request_id, index, [], FinishReason.ERROR, num_cached_tokens=num_cached_tokens)
+                StepOutput(request_id, index, [], FinishReason.ERROR, num_cached_tokens=num_cached_tokens, error=error)
                 for index in wanted
             ]
         nothing = Hypothesis([], MIN_LOG_PROB, MIN_LOG_PROB, [], FinishReason.STOP, None)
@@ -200,6 +193,7 @@ class BeamGroup:
                     hypothesis.stop_reason,
                     num_cached_tokens,
                     log_probs=self._of_request(hypothesis.log_probs[start:]),
+                    stopped_by_text=hypothesis.stopped_by_text,
                     cumulative_log_prob=hypothesis.log_prob,
                 )
             )

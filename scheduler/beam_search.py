@@ -6,7 +6,7 @@ from bisect import insort
 from typing import TYPE_CHECKING
 
 from quire.scheduler.beam import BeamGroup, Survivor, common_length
-from quire.scheduler.output import Candidates, StepOutput
+from quire.scheduler.output import Candidates, ErrorCode, StepOutput
 from quire.scheduler.request_queue import BY_ORDER
 from quire.scheduler.sequence import Sequence
 from quire.scheduler.status import RUNNING, WAITING
@@ -31,12 +31,16 @@ class BeamSearch:
         self._scheduler = scheduler
         self._touched: dict[BeamGroup, None] = {}
 
-    def take(self, sequence: Sequence, candidates: Candidates | None) -> None:
-        """A beam's last token is computed; without candidates its logits were not finite."""
+    def take(self, sequence: Sequence, candidates: Candidates | None, failure: ErrorCode | None) -> None:
+        """A beam's last token is computed. Without candidates it has no way on; without a reason for that, its logits
+        were not finite, and the search has failed."""
         if sequence.beam is None:
             raise RuntimeError(f"not a beam: {sequence}")
         group = sequence.beam.group
         end = len(sequence.token_ids)
+        if candidates is None and failure is not None:
+            group.failure = failure
+            candidates = Candidates([], [])
         if candidates is None:
             group.failed = True
         else:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from quire.scheduler.sequence import Sequence
 
 
 MIN_LOG_PROB = -9999.0
+
+
+ErrorCode = Literal["numerical_error", "no_token_allowed", "grammar_too_complex"]
 
 
 class FinishReason(StrEnum):
@@ -92,6 +95,8 @@ class SampledTokens:
     """By index into `token_ids`: of the rows whose request asks for `logprobs`; beams have theirs in `candidates`."""
     candidates: dict[int, Candidates] = field(default_factory=dict)
     """By index into `token_ids`: of each beam whose logits were finite."""
+    failures: dict[int, ErrorCode] = field(default_factory=dict)
+    """By index into `token_ids`: why there is none, if it is not that the logits were not finite."""
     prompt_log_probs: dict[int, list[TokenLogProbs]] = field(default_factory=dict)
     """By index into `ScheduledBatch.sequences`: of a prompt that was computed to its end, all tokens but the first."""
 
@@ -112,6 +117,10 @@ class StepOutput:
     """One for each of `token_ids`, if the request asks for `logprobs`."""
     prompt_log_probs: list[TokenLogProbs] | None = None
     """Once for a request that asks for `prompt_logprobs`: of all prompt tokens but the first."""
+    stopped_by_text: bool = False
+    """A stop string ended this beam: its last token is part of the text, where others that stop are not."""
+    error: ErrorCode | None = None
+    """With FinishReason.ERROR: the code of the API's answer."""
     cumulative_log_prob: float | None = None
     """With the finish of a beam: its log-probability, without length penalty."""
 

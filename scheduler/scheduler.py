@@ -17,7 +17,7 @@ from quire.scheduler.batch_builder import BatchBuilder
 from quire.scheduler.beam import BeamGroup
 from quire.scheduler.beam_search import BeamSearch
 from quire.scheduler.block_manager import BlockManager
-from quire.scheduler.output import FinishReason, SampledTokens, ScheduledBatch, SchedulerStats, StepOutput
+from quire.scheduler.output import ErrorCode, FinishReason, SampledTokens, ScheduledBatch, SchedulerStats, StepOutput
 from quire.scheduler.preemption import MAX_PREEMPTIONS, choose_victims
 from quire.scheduler.request import AdmissionError, Request
 from quire.scheduler.request_queue import BY_ORDER, RequestQueue
@@ -241,10 +241,10 @@ class Scheduler:
             if sequence.status is not RUNNING:
                 continue
             if sequence.beam is not None:
-                self.beams.take(sequence, sampled.candidates.get(row))
+                self.beams.take(sequence, sampled.candidates.get(row), sampled.failures.get(row))
                 continue
             if token_id is None:
-                outputs.append(self._fail(sequence))
+                outputs.append(self._fail(sequence, sampled.failures.get(row, "numerical_error")))
                 any_ended = True
                 continue
             token_ids = sequence.token_ids
@@ -283,9 +283,10 @@ class Scheduler:
         sequence.next_review = min((end // block_size + 1) * block_size, sequence.max_num_tokens - 1)
         return sequence.finish_reason()
 
-    def _fail(self, sequence: Sequence) -> StepOutput:
-        """The sequence's logits were not finite: what it has read or written is not to be found by others."""
-        self.blocks.distrust(sequence)
+    def _fail(self, sequence: Sequence, error: ErrorCode) -> StepOutput:
+        """There is no token. If logits were not finite, what it has read or written is not to be found by others."""
+        if error == "numerical_error":
+            self.blocks.distrust(sequence)
         self._end_running(sequence)
         return StepOutput(
             sequence.request_id,
@@ -293,6 +294,7 @@ class Scheduler:
             [],
             FinishReason.ERROR,
             num_cached_tokens=sequence.num_cached_tokens,
+            error=error,
         )
 
     def _advance_chunks(self, batch: ScheduledBatch) -> None:

@@ -41,8 +41,9 @@ async def generate(
     try:
         async with aclosing(batches):
             async for batch in batches:
-                if any(delta.finish_reason == "error" for _, delta in batch):
-                    raise ApiError("numerical_error")
+                for _, delta in batch:
+                    if delta.finish_reason == "error":
+                        raise ApiError(delta.error or "numerical_error")
                 yield batch
     except RequestRejected as error:
         raise RejectedByEngine(str(error), error.code, error.param) from None
