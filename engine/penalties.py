@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from quire.engine.sample_rows import SampleRow
+from quire.engine.sampling_options import SampleRow
 from quire.sampling_params import SamplingParams
 
 

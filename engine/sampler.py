@@ -12,7 +12,7 @@ import torch
 
 from quire.engine.log_probs import LogProbRows
 from quire.engine.penalties import Penalties
-from quire.engine.sample_rows import SampleRow, SamplingOptions, SamplingRows
+from quire.engine.sampling_options import SampleRow, SamplingOptions, SamplingRows
 from quire.engine.token_masks import add_biases, ban_tokens, keep_allowed
 from quire.scheduler.output import Candidates, SampledTokens, ScheduledBatch, TokenLogProbs
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from quire.engine.sample_rows import SampleRow
+from quire.engine.sampling_options import SampleRow
 from quire.sampling_params import SamplingParams
 
 

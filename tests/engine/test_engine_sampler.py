@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from quire.engine.random_numbers import uniform
-from quire.engine.sample_rows import SamplingOptions
+from quire.engine.sampling_options import SamplingOptions
 from quire.engine.sampler import sample
 
 VOCAB_SIZE = 50
