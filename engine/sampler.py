@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from quire.engine.random_numbers import uniform
+from quire.engine.sample_rows import SampleRows, sample_rows
 from quire.scheduler.output import SampledTokens, ScheduledBatch
 from quire.scheduler.sequence import Sequence
 
@@ -117,15 +118,15 @@ class SamplingRows:
         self._seed = np.zeros(max_num_seqs, np.uint64)
         self._choice_index = np.zeros(max_num_seqs, np.uint64)
 
-    def select(self, sequences: list[Sequence]) -> SamplingOptions:
+    def select(self, sample_rows: SampleRows) -> SamplingOptions:
+        sequences = sample_rows.sequences
         for sequence in sequences:
             if self._sequences[sequence.row] is not sequence:
                 self._place(sequence)
         rows = np.array([sequence.row for sequence in sequences], np.int64)
         temperature = self._temperature[rows]
         if temperature.any():
-            positions = np.array([len(sequence.token_ids) for sequence in sequences], np.uint64)
-            numbers = uniform(self._seed[rows], self._choice_index[rows], positions)
+            numbers = uniform(self._seed[rows], self._choice_index[rows], sample_rows.positions())
         else:
             numbers = np.zeros(len(rows))
         return SamplingOptions(temperature, self._top_k[rows], self._top_p[rows], self._min_p[rows], numbers)
@@ -148,18 +149,18 @@ class Sampler:
         self._rows = SamplingRows(max_num_seqs)
 
     def sample(self, logits: torch.Tensor, batch: ScheduledBatch) -> SampledTokens:
-        """logits: [R, V] float32, R = len(batch.sampling), overwritten by the masks."""
+        """logits: [R, V] float32, R as `sample_rows` has it, overwritten by the masks."""
         if not batch.sampling:
             return SampledTokens([])
-        sequences = [batch.sequences[index] for index in batch.sampling]
-        mask_early_stops(logits, sequences)
-        token_ids, finite = sample(logits, self._rows.select(sequences))
+        rows = sample_rows(batch)
+        mask_early_stops(logits, rows)
+        token_ids, finite = sample(logits, self._rows.select(rows))
         packed: list[int] = torch.where(finite, token_ids, -1).tolist()
         return SampledTokens([token_id if token_id >= 0 else None for token_id in packed])
 
 
-def mask_early_stops(logits: torch.Tensor, sequences: list[Sequence]) -> None:
+def mask_early_stops(logits: torch.Tensor, rows: SampleRows) -> None:
     """Before `min_tokens` output tokens, what would end the sequence cannot be chosen. In place on [R, V]."""
-    for row, sequence in enumerate(sequences):
-        if sequence.num_output_tokens < sequence.request.params.min_tokens:
+    for row, sequence in enumerate(rows.sequences):
+        if sequence.num_output_tokens + len(rows.drafts.get(row, ())) < sequence.request.params.min_tokens:
             logits[row, list(sequence.stop_token_ids)] = -torch.inf
