@@ -7,12 +7,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from quire.sampling_params import MAX_SPECULATIVE_TOKENS
-
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 
+MAX_SPECULATIVE_TOKENS = 16
+"""As in quire.sampling_params, where it bounds what a request may ask for: leaves import nothing."""
 MAX_NGRAM = 16
 
 

@@ -13,7 +13,7 @@ class BlockTable:
     and `copy_source` is one more.
     """
 
-    __slots__ = ("_block_size", "_pool", "block_ids", "capacity", "copy_source", "num_released")
+    __slots__ = ("_block_size", "_pool", "block_ids", "capacity", "copy_source", "copy_target", "num_released")
 
     def __init__(self, pool: BlockPool, block_size: int) -> None:
         self._pool = pool
@@ -24,7 +24,9 @@ class BlockTable:
         self.num_released = 0
         """Leading entries that are 0."""
         self.copy_source: int | None = None
-        """Block to be copied into the last one before the next step writes; held until the copy is handed out."""
+        """Block to be copied before the next step writes; held until the copy is handed out."""
+        self.copy_target = 0
+        """Block of this table to copy it into, while there is a source; others may have come after it."""
 
     def num_missing_blocks(self, num_tokens: int) -> int:
         """Blocks to allocate until `num_tokens` tokens fit."""
@@ -56,14 +58,14 @@ class BlockTable:
         if num_tokens % self._block_size:
             table.copy_source = self.block_ids[num_shared]
             self._pool.share(table.copy_source)
-        table.grow(1)
+        (table.copy_target,) = table.grow(1)
         return table
 
     def take_copy(self) -> tuple[int, int] | None:
         """(source, target) of the copy that a fork planned, once; the source is no longer held."""
         if self.copy_source is None:
             return None
-        copy = (self.copy_source, self.block_ids[-1])
+        copy = (self.copy_source, self.copy_target)
         self._pool.release((self.copy_source,))
         self.copy_source = None
         return copy

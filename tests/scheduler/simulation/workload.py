@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from quire.config import SchedulerConfig
+from quire.config import SchedulerConfig, SpeculativeConfig
 from quire.sampling_params import SamplingParams
 from quire.scheduler.request import Request
 
@@ -18,6 +18,7 @@ class Swarm:
 
     config: SchedulerConfig
     vocab_size: int
+    speculation: bool
     salts: tuple[str, ...]
     max_preemptions: int
     max_choices: int
@@ -50,6 +51,7 @@ def draw_swarm(rng: random.Random) -> Swarm:
         enable_chunked_prefill=chunked,
         policy=rng.choice(("fcfs", "fcfs", "priority")),
         sliding_window=rng.choice((None, None, None, 2, 3, 5, 8, 16)),
+        speculative_config=draw_speculation(rng),
     )
     vocab_size = rng.choice((3, 6, 20))
     most_choices = rng.choice((1, 1, 2, 4))
@@ -57,6 +59,7 @@ def draw_swarm(rng: random.Random) -> Swarm:
         config=config,
         max_preemptions=rng.choice((1, 2, 8)),
         vocab_size=vocab_size,
+        speculation=config.speculative_config.num_speculative_tokens > 0,
         salts=rng.choice((("",), ("",), ("", "a"), ("a", "b"))),
         max_choices=most_choices if rng.random() < 0.05 else min(most_choices, max_num_seqs),
         prompts=tuple(
@@ -68,6 +71,16 @@ def draw_swarm(rng: random.Random) -> Swarm:
         abort=rng.choice((0.0, 0.02, 0.1)),
         reset=rng.choice((0.0, 0.0, 0.02)),
         poison=rng.choice((0.0, 0.0, 0.03)),
+    )
+
+
+def draw_speculation(rng: random.Random) -> SpeculativeConfig:
+    """Off in a third of the swarms. Short n-grams, so that there are guesses even among 20 tokens."""
+    min_ngram = rng.choice((1, 1, 2))
+    return SpeculativeConfig(
+        num_speculative_tokens=rng.choice((0, 1, 2, 4, 4, 8)) if rng.random() < 0.8 else 0,
+        min_ngram=min_ngram,
+        max_ngram=min_ngram + rng.choice((0, 2)),
     )
 
 
@@ -87,6 +100,7 @@ def draw_request(rng: random.Random, swarm: Swarm, request_id: str) -> Request:
         min_tokens=min(max_tokens, rng.choice((0, 0, 0, 1, 3))),
         stop_token_ids=rng.choice(((), (), (), (1,), (EOS,))),
         ignore_eos=random_number() < 0.7,
+        num_speculative_tokens=rng.choice((None, None, None, 0, 3)) if swarm.speculation else 0,
     )
     return Request(
         request_id=request_id,
