@@ -28,16 +28,15 @@ def speculative_config(text: str) -> SpeculativeConfig:
             raise argparse.ArgumentTypeError(f"{key} must be an integer")
     if fields.get("method") != "ngram":
         raise argparse.ArgumentTypeError('method must be "ngram": there are no other drafts here')
-    if "num_speculative_tokens" not in fields:
+    numbers: dict[str, int] = {key: value for key, value in fields.items() if key != "method"}
+    if "num_speculative_tokens" not in numbers:
         raise argparse.ArgumentTypeError("num_speculative_tokens is missing")
     default = SpeculativeConfig()
-    longest: int = fields.get("prompt_lookup_max", fields.get("prompt_lookup_min", default.max_ngram))
-    shortest: int = fields.get("prompt_lookup_min", fields.get("prompt_lookup_max", default.min_ngram))
+    longest = numbers.get("prompt_lookup_max", numbers.get("prompt_lookup_min", default.max_ngram))
+    shortest = numbers.get("prompt_lookup_min", numbers.get("prompt_lookup_max", default.min_ngram))
     try:
         return SpeculativeConfig(
-            num_speculative_tokens=fields["num_speculative_tokens"],
-            max_ngram=longest,
-            min_ngram=shortest,
+            num_speculative_tokens=numbers["num_speculative_tokens"], max_ngram=longest, min_ngram=shortest
         )
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("--speculative-config: ").rstrip(".")) from None
