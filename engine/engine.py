@@ -83,6 +83,7 @@ class Engine:
                 enable_chunked_prefill=config.enable_chunked_prefill,
                 policy=config.scheduling_policy,
                 sliding_window=model_config.uniform_window,
+                speculative_config=config.speculative_config,
                 cache_namespace=f"{config.model}|{dtype}|{secrets.token_hex(16)}",
             )
         )

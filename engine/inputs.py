@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from quire.engine.sample_rows import sample_indices
 from quire.models.forward_batch import ForwardBatch
 from quire.scheduler.output import ScheduledBatch
 
@@ -49,7 +50,7 @@ class InputBuilder:
             block_tables=self._to_device(self._block_tables[rows, :used_columns]),
             seq_lens=self._to_device(seq_lens.astype(np.int32)),
             query_start=self._to_device(query_start.astype(np.int32)),
-            logits_indices=self._to_device(query_start[1:][batch.sampling] - 1),
+            logits_indices=self._to_device(sample_indices(batch, query_start)),
             num_decodes=batch.num_decodes,
             max_query_len=int(counts[batch.num_decodes :].max(initial=0)),
             max_seq_len=max_seq_len,
@@ -61,11 +62,12 @@ class InputBuilder:
 
 
 def _token_ids(batch: ScheduledBatch) -> Int64Array:
-    """The tokens to compute, [T] int64: decodes first, then the slices of the others."""
+    """The tokens to compute, [T] int64: decodes first, then the slices of the others, with drafts behind them."""
     decodes = batch.sequences[: batch.num_decodes]
     token_ids = [sequence.token_ids[sequence.num_computed_tokens] for sequence in decodes]
     for index in range(batch.num_decodes, len(batch.sequences)):
         sequence = batch.sequences[index]
         start = sequence.num_computed_tokens
         token_ids += sequence.token_ids[start : start + batch.num_scheduled_tokens[index]]
+        token_ids += batch.drafts.get(index, ())
     return np.array(token_ids, np.int64)

@@ -12,6 +12,7 @@ import torch
 
 from quire.engine.log_probs import LogProbRows
 from quire.engine.penalties import Penalties
+from quire.engine.sample_rows import sample_rows
 from quire.engine.sampling_options import SampleRow, SamplingOptions, SamplingRows
 from quire.engine.token_masks import add_biases, ban_tokens, keep_allowed
 from quire.scheduler.output import Candidates, SampledTokens, ScheduledBatch, TokenLogProbs
@@ -119,10 +120,10 @@ class Sampler:
         self._penalties = Penalties(max_num_seqs)
 
     def sample(self, logits: torch.Tensor, batch: ScheduledBatch) -> SampledTokens:
-        """logits: [R, V] float32, R = len(batch.sampling), overwritten by what adjusts them."""
+        """logits: [R, V] float32, R as `sample_rows` has it, overwritten by what adjusts them."""
         if not batch.sampling:
             return SampledTokens([])
-        rows = self._rows.select([batch.sequences[index] for index in batch.sampling])
+        rows = self._rows.select(sample_rows(batch))
         raw = raw_log_probs(logits, rows.scored + rows.beams)
         finite = self._adjust(logits, rows.adjusted, rows.beams)
         token_ids, still_finite = sample(logits, rows.options)

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from quire.engine.random_numbers import uniform
+from quire.engine.sample_rows import SampleRows
 from quire.sampling_params import SamplingParams
 from quire.scheduler.sequence import Sequence
 
@@ -21,8 +22,8 @@ class SampleRow:
     index: int
     """Of the logits row."""
     sequence: Sequence
-    token_ids: list[int]
-    """All tokens before the one to be sampled; the sequence's own list, not to be changed."""
+    drafts: list[int]
+    """Guessed tokens that stand between the sequence's own and the one to be sampled."""
 
     @property
     def params(self) -> SamplingParams:
@@ -30,7 +31,12 @@ class SampleRow:
 
     @property
     def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.sequence.num_prompt_tokens
+        return self.sequence.num_output_tokens + len(self.drafts)
+
+    def last_tokens(self, count: int) -> list[int]:
+        """Up to `count` tokens, prompt and output, right before the one to be sampled."""
+        own = self.sequence.token_ids[-count:]
+        return own if not self.drafts else (own + self.drafts)[-count:]
 
 
 @dataclass(slots=True)
@@ -73,15 +79,15 @@ class SamplingRows:
         self._is_beam = np.zeros(max_num_seqs, np.bool_)
         self._is_scored = np.zeros(max_num_seqs, np.bool_)
 
-    def select(self, sequences: list[Sequence]) -> StepRows:
+    def select(self, sample_rows: SampleRows) -> StepRows:
+        sequences = sample_rows.sequences
         for sequence in sequences:
             if self._sequences[sequence.row] is not sequence:
                 self._place(sequence)
         rows = np.array([sequence.row for sequence in sequences], np.int64)
         temperature = self._temperature[rows]
         if temperature.any():
-            positions = np.array([len(sequence.token_ids) for sequence in sequences], np.uint64)
-            numbers = uniform(self._seed[rows], self._choice_index[rows], positions)
+            numbers = uniform(self._seed[rows], self._choice_index[rows], sample_rows.positions())
         else:
             numbers = np.zeros(len(rows))
         options = SamplingOptions(
@@ -90,7 +96,7 @@ class SamplingRows:
 
         def chosen(flags: npt.NDArray[np.bool_]) -> list[SampleRow]:
             indices: list[int] = np.flatnonzero(flags[rows]).tolist()
-            return [SampleRow(index, sequences[index], sequences[index].token_ids) for index in indices]
+            return [SampleRow(index, sequences[index], sample_rows.drafts.get(index, [])) for index in indices]
 
         return StepRows(options, chosen(self._adjusts), chosen(self._is_beam), chosen(self._is_scored))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from quire.engine.sampling_options import SampleRow
-from quire.sampling_params import SamplingParams
 
 
 def add_biases(logits: torch.Tensor, rows: list[SampleRow]) -> None:
@@ -30,7 +29,7 @@ def ban_tokens(logits: torch.Tensor, rows: list[SampleRow]) -> None:
     indices: list[int] = []
     token_ids: list[int] = []
     for row in rows:
-        banned = ends_of_bad_words(row.params, row.token_ids)
+        banned = ends_of_bad_words(row)
         if row.num_output_tokens < row.params.min_tokens:
             banned += row.sequence.stop_token_ids
         token_ids += banned
@@ -39,10 +38,10 @@ def ban_tokens(logits: torch.Tensor, rows: list[SampleRow]) -> None:
         logits[torch.tensor(indices, device=logits.device), torch.tensor(token_ids, device=logits.device)] = -torch.inf
 
 
-def ends_of_bad_words(params: SamplingParams, token_ids: list[int]) -> list[int]:
-    """The tokens that would complete a bad word after `token_ids`, prompt and output."""
+def ends_of_bad_words(row: SampleRow) -> list[int]:
+    """The tokens that would complete a bad word after prompt and output."""
     banned = []
-    for *beginning, last in params.bad_word_token_ids:
-        if not beginning or token_ids[-len(beginning) :] == beginning:
+    for *beginning, last in row.params.bad_word_token_ids:
+        if not beginning or row.last_tokens(len(beginning)) == beginning:
             banned.append(last)
     return banned

@@ -11,6 +11,10 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 
+MAX_SPECULATIVE_TOKENS = 16
+"""As in quire.sampling_params, where it bounds what a request may ask for: leaves import nothing."""
+MAX_NGRAM = 16
+
 
 class ConfigError(ValueError):
     """A flag or model directory cannot be used as given. The message is one line that says what to do."""
@@ -25,6 +29,34 @@ class ExitCode(enum.IntEnum):
     ENGINE_LOST = 3
     START_FAILED = 4
     DRAIN_DEADLINE = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculativeConfig:
+    """Drafts looked up in a sequence's own text: what followed the last tokens where they occurred before."""
+
+    num_speculative_tokens: int = 0
+    """Most tokens guessed in a step for a request that does not say; 0: none."""
+    max_ngram: int = 4
+    """Most last tokens that are looked up together; the longest that occurred before decide."""
+    min_ngram: int = 2
+    """Fewest."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_speculative_tokens <= MAX_SPECULATIVE_TOKENS:
+            raise ConfigError(
+                f"--speculative-config: num_speculative_tokens must be from 0 to {MAX_SPECULATIVE_TOKENS}, "
+                f"not {self.num_speculative_tokens}."
+            )
+        if not 1 <= self.min_ngram <= self.max_ngram <= MAX_NGRAM:
+            raise ConfigError(
+                f"--speculative-config: 1 <= prompt_lookup_min <= prompt_lookup_max <= {MAX_NGRAM} must hold, "
+                f"not {self.min_ngram} and {self.max_ngram}."
+            )
+
+    def num_logits_rows(self, max_num_seqs: int) -> int:
+        """Most rows of logits in a step: the memory budget has room for so many."""
+        return max_num_seqs * (1 + self.num_speculative_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +85,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     scheduling_policy: SchedulingPolicy = "fcfs"
+    speculative_config: SpeculativeConfig = SpeculativeConfig()
     num_threads: int | None = None
     """CPU threads of the engine process."""
     max_logprobs: int = 20
@@ -93,6 +126,7 @@ class SchedulerConfig:
     """Set only if every layer of the model has this window: then blocks that fell out of it are freed."""
     cache_namespace: str = ""
     """Identity of what computes the KV-cache (model, dtype); part of every prefix-cache key."""
+    speculative_config: SpeculativeConfig = SpeculativeConfig()
 
     def __post_init__(self) -> None:
         if self.num_blocks < 2:

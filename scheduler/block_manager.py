@@ -56,6 +56,17 @@ class BlockManager:
         start = len(table.block_ids)
         self._updates.append(BlockTableUpdate(sequence.row, start, table.grow(num_blocks)))
 
+    def look_ahead(self, sequence: Sequence, num_tokens: int, num_reserved: int) -> int:
+        """Give a running sequence blocks for tokens that are only guessed, if `num_reserved` blocks stay free without
+        taking any from others; how many tokens fit then. It keeps them, whatever becomes of the guesses."""
+        table = sequence.block_table
+        if table.num_missing_blocks(num_tokens):
+            self.release_out_of_window(sequence)
+            num_missing = table.num_missing_blocks(num_tokens)
+            if num_missing + num_reserved <= self.pool.num_free_blocks:
+                self.grow(sequence, num_missing)
+        return table.capacity
+
     def release_out_of_window(self, sequence: Sequence) -> None:
         """Let go of the leading blocks that no token to be computed can see."""
         table = sequence.block_table

@@ -24,8 +24,9 @@ class BlockTable:
         self.num_released = 0
         """Leading entries that are 0."""
         self.copy_source: int | None = None
-        """Block to be copied into `copy_target` before the next step writes; held until the copy is handed out."""
+        """Block to be copied before the next step writes; held until the copy is handed out."""
         self.copy_target = 0
+        """Block of this table to copy it into, while there is a source; others may have come after it."""
 
     def num_missing_blocks(self, num_tokens: int) -> int:
         """Blocks to allocate until `num_tokens` tokens fit."""

@@ -22,6 +22,7 @@ from quire.scheduler.preemption import MAX_PREEMPTIONS, choose_victims
 from quire.scheduler.request import AdmissionError, Request
 from quire.scheduler.request_queue import BY_ORDER, RequestQueue
 from quire.scheduler.sequence import Sequence
+from quire.scheduler.speculation import Speculator
 from quire.scheduler.status import FINISHED, RUNNING, WAITING
 from quire.scheduler.window import first_block_in_window
 
@@ -48,6 +49,7 @@ class Scheduler:
         self._num_arrivals = 0
         self._num_live = 0
         self._counters = SchedulerStats()
+        self.speculator = Speculator(config, self.blocks, self._counters)
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -76,6 +78,8 @@ class Scheduler:
         self.live[request.request_id] = sequences
         if request.params.use_beam_search:
             BeamGroup(request, sequences)
+        for sequence in sequences:
+            self.speculator.watch(sequence)
         self._enqueue_group(sequences)
 
     def abort(self, request_id: str, choice_index: int | None = None) -> None:
@@ -106,6 +110,8 @@ class Scheduler:
             self._schedule_waiting(builder)
         else:
             builder.drop_preempted()
+        if self.speculator.active:
+            self.speculator.add_drafts(builder, self.config.max_num_seqs - len(self.free_rows))
         if builder.empty:
             return None
         self.batch = builder.build(self._counters.num_steps, *self.blocks.take_changes())
@@ -236,7 +242,9 @@ class Scheduler:
         outputs: list[StepOutput] = []
         any_ended = False
         sequences = batch.sequences
-        for row, (index, token_id) in enumerate(zip(batch.sampling, sampled.token_ids, strict=True)):
+        without_drafts = batch.sampling[: len(batch.sampling) - len(batch.drafts)]
+        tokens = zip(without_drafts, sampled.token_ids, strict=not batch.drafts)
+        for row, (index, token_id) in enumerate(tokens):
             sequence = sequences[index]
             if sequence.status is not RUNNING:
                 continue
@@ -268,11 +276,41 @@ class Scheduler:
             if finish_reason is not None:
                 self._end_running(sequence)
                 any_ended = True
+        for output in self.speculator.verify(batch, sampled, self._take_tokens):
+            outputs.append(output)
+            any_ended = any_ended or output.finish_reason is not None
         if any_ended:
             self.running = [sequence for sequence in self.running if sequence.status is RUNNING]
         outputs += self.beams.advance()
         self.blocks.pool.check_count()
         return outputs
+
+    def _take_tokens(self, sequence: Sequence, token_ids: list[int | None], error: ErrorCode) -> StepOutput:
+        """Append tokens as so many steps would have done, up to the first that ends the sequence."""
+        taken: list[int] = []
+        finish_reason = stop_reason = None
+        for token_id in token_ids:
+            if token_id is None:
+                failed = self._fail(sequence, error)
+                failed.token_ids = taken
+                return failed
+            end = len(sequence.token_ids)
+            sequence.token_ids.append(token_id)
+            taken.append(token_id)
+            if end >= sequence.next_review or token_id in sequence.stop_token_ids:
+                finish_reason, stop_reason = self._review(sequence, end)
+            sequence.num_computed_tokens = end
+            if finish_reason is not None:
+                self._end_running(sequence)
+                break
+        return StepOutput(
+            sequence.request_id,
+            sequence.choice_index,
+            taken,
+            finish_reason,
+            stop_reason,
+            sequence.num_cached_tokens,
+        )
 
     def _review(self, sequence: Sequence, end: int) -> tuple[FinishReason | None, int | None]:
         """A block is full, the prompt is computed, or the sequence may be at its end: `end` tokens are computed now."""
@@ -364,6 +402,7 @@ class Scheduler:
     def forget(self, sequence: Sequence) -> None:
         """It has ended, and holds nothing."""
         sequence.status = FINISHED
+        self.speculator.forget(sequence)
         choices = self.live[sequence.request_id]
         choices.remove(sequence)
         self._num_live -= 1

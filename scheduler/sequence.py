@@ -27,6 +27,7 @@ class Sequence:
         "choice_index",
         "followers",
         "leader",
+        "max_num_drafts",
         "max_num_tokens",
         "next_review",
         "num_cached_tokens",
@@ -77,6 +78,8 @@ class Sequence:
         self.leader: Sequence | None = None
         self.followers: list[Sequence] = []
         self.max_num_tokens = max_num_tokens
+        self.max_num_drafts = 0
+        """Most tokens that are guessed in a step; set by the speculator."""
         self.next_review = 0
         """Until so many tokens are computed, a new token needs no look at blocks, followers or length."""
         self.stop_token_ids = frozenset(params.stop_token_ids)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from quire.engine.random_numbers import uniform
-from quire.engine.sampling_options import SamplingOptions
 from quire.engine.sampler import sample
+from quire.engine.sampling_options import SamplingOptions
 
 VOCAB_SIZE = 50
 

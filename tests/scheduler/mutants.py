@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType
 
-from quire.scheduler import admission, scheduler
+from quire.scheduler import admission, scheduler, speculation
 from quire.scheduler.block_manager import BlockManager
 from quire.scheduler.block_pool import BlockPool
 from quire.scheduler.block_table import BlockTable
@@ -21,6 +21,7 @@ from quire.scheduler.prefix_cache import PrefixCache
 from quire.scheduler.request_queue import RequestQueue
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import Sequence
+from quire.scheduler.speculation import Speculator
 
 
 @dataclass(frozen=True)
@@ -359,5 +360,76 @@ MUTANTS = [
         BlockTable,
         "fork",
         ("self.block_ids[:num_shared]", "self.block_ids[:num_shared][::-1]"),
+    ),
+    mutant(
+        "I8",
+        "look-ahead takes a block more than it needs",
+        BlockManager,
+        "look_ahead",
+        ("self.grow(sequence, num_missing)", "self.grow(sequence, num_missing + 1)"),
+    ),
+    mutant(
+        "I9",
+        "wrong drafts stay computed",
+        Speculator,
+        "verify",
+        ("yield output", "sequence.num_computed_tokens += 1 + len(drafts) - len(output.token_ids); yield output"),
+    ),
+    mutant(
+        "I11",
+        "a fork's copy goes to a block that was taken for drafts",
+        BlockTable,
+        "take_copy",
+        ("self.copy_target", "self.block_ids[-1]"),
+    ),
+    mutant("I14", "drafts do not use up the budget", Speculator, "add_drafts", ("builder.budget -= ", "_ = ")),
+    mutant(
+        "I14",
+        "drafts go past the last token that may be generated",
+        Speculator,
+        "_draft",
+        ("sequence.max_num_tokens - 1", "sequence.max_num_tokens"),
+    ),
+    mutant(
+        "I16",
+        "drafts of an aborted sequence are verified",
+        Speculator,
+        "verify",
+        ("if sequence.status is RUNNING:", "if True:"),
+    ),
+    mutant(
+        "I21",
+        "drafts get blocks that are not free",
+        BlockManager,
+        "look_ahead",
+        ("if num_missing + num_reserved <= self.pool.num_free_blocks:", "if True:"),
+    ),
+    mutant(
+        "I24",
+        "a block that ends with a wrong draft is cached",
+        Scheduler,
+        "_take_tokens",
+        ("self._review(sequence, end)", "self._review(sequence, end + 1)"),
+    ),
+    mutant(
+        "I25",
+        "one token too many is accepted",
+        speculation,
+        "reached_tokens",
+        ("sampled[:num_reached]", "sampled[: num_reached + 1]"),
+    ),
+    mutant(
+        "I25",
+        "tokens behind a stop are told",
+        Scheduler,
+        "_take_tokens",
+        ("taken.append(token_id)", "taken[:] = token_ids"),
+    ),
+    mutant(
+        "I25",
+        "a failure behind a wrong draft counts",
+        Speculator,
+        "verify",
+        ("reached_tokens(", "[None] if None in sampled.token_ids[rows] else reached_tokens("),
     ),
 ]

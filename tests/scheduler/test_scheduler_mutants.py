@@ -8,7 +8,7 @@ from simulation.simulation import Simulation
 
 from quire.scheduler.invariants import InvariantError
 
-MAX_SEEDS = 40
+MAX_SEEDS = 100
 STEPS = 100
 
 

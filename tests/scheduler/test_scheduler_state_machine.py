@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from simulation.ghost import Poison
 from simulation.workload import EOS
 from simulation.world import World
 
@@ -12,7 +13,6 @@ from quire.config import SchedulerConfig
 from quire.sampling_params import SamplingParams
 from quire.scheduler.output import ScheduledBatch
 from quire.scheduler.request import Request
-from quire.scheduler.sequence import Sequence
 
 VOCAB_SIZE = 3
 
@@ -52,15 +52,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         stop=st.sampled_from([(), (1,)]),
         priority=st.integers(0, 1),
         salt=st.sampled_from(["", "salt"]),
+        seed=st.integers(0, 2),
+        num_drafts=st.sampled_from([0, 1, 3]),
     )
-    def submit(self, shared, own, n, max_tokens, stop, priority, salt) -> None:
-        params = SamplingParams(n=n, max_tokens=max_tokens, stop_token_ids=stop)
+    def submit(self, shared, own, n, max_tokens, stop, priority, salt, seed, num_drafts) -> None:
+        params = SamplingParams(n=n, max_tokens=max_tokens, stop_token_ids=stop, num_speculative_tokens=num_drafts)
         self.world.submit(
             Request(
                 request_id=str(self.num_requests),
                 prompt_token_ids=[2] * shared + own,
                 params=params,
-                seed=0,
+                seed=seed,
                 eos_token_ids=(EOS,),
                 priority=priority,
                 cache_salt=salt,
@@ -105,8 +107,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         return None
 
     @staticmethod
-    def _last_row(batch: ScheduledBatch) -> Sequence | None:
-        return batch.sequences[batch.sampling[-1]] if batch.sampling else None
+    def _last_row(batch: ScheduledBatch) -> Poison | None:
+        if not batch.sampling:
+            return None
+        index = batch.sampling[-1]
+        return Poison(batch.sequences[index], len(batch.drafts.get(index, ())))
 
 
 SchedulerMachine.TestCase.settings = settings(

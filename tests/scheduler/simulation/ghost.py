@@ -7,6 +7,8 @@ pages changes tokens, and is also seen directly.
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
 from zlib import crc32
 
 from quire.config import SchedulerConfig
@@ -29,13 +31,32 @@ def fingerprint(previous: int, token_id: int) -> int:
 
 
 def next_token(visible: list[int], request: Request, choice_index: int, vocab_size: int) -> int:
-    return hash((hash(tuple(visible)), request.seed, choice_index)) % vocab_size
+    """The larger the seed, the more often it is the last one of the vocabulary, so that some texts can be guessed."""
+    drawn = hash((hash(tuple(visible)), request.seed, choice_index)) % (vocab_size * (1 + request.seed))
+    return min(drawn, vocab_size - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Poison:
+    """A sampling sequence of a batch whose values are not finite, from its `first_row`th row of logits on."""
+
+    sequence: Sequence
+    first_row: int = 0
+
+    def fails_a_search(self, request_id: str) -> bool:
+        """One beam whose values are not finite ends its whole group."""
+        return self.sequence.beam is not None and self.sequence.request_id == request_id
 
 
 class GhostModel:
-    """Runs batches the way the engine does: through its own copy of the block tables, kept up by the updates."""
+    """Runs batches the way the engine does: through its own copy of the block tables, kept up by the updates.
+
+    A draft's slot holds what the draft would have meant. Nothing but its content tells it from a token's: one that is
+    rejected, and not overwritten before it is read, is seen as content of another text (I11).
+    """
 
     def __init__(self, config: SchedulerConfig, vocab_size: int) -> None:
+        self.marks: Counter[str] = Counter()
         self.pages = [[UNWRITTEN] * config.block_size for _ in range(config.num_blocks)]
         self.written_by: list[str | None] = [None] * config.num_blocks
         self._rows: list[list[int]] = [[] for _ in range(config.max_num_seqs)]
@@ -49,8 +70,9 @@ class GhostModel:
         self.pages[block_id] = [UNWRITTEN] * self._block_size
         self.written_by[block_id] = None
 
-    def forward(self, batch: ScheduledBatch, poisoned: Sequence | None) -> SampledTokens:
-        """Copy, write, read, sample; `poisoned` has no token, and no candidates."""
+    def forward(self, batch: ScheduledBatch, poison: Poison | None) -> SampledTokens:
+        """Copy, write, read, sample: for each row of logits; from the first poisoned one on there is no token, and no
+        candidates."""
         for update in batch.block_table_updates:
             row = self._rows[update.row]
             row[update.start : update.start + len(update.block_ids)] = update.block_ids
@@ -59,22 +81,31 @@ class GhostModel:
         sampling = set(batch.sampling)
         sampled = SampledTokens([])
         for index, (sequence, num_tokens) in enumerate(zip(batch.sequences, batch.num_scheduled_tokens, strict=True)):
-            visible = self._compute(sequence, num_tokens, sequence is poisoned)
-            if index in sampling:
+            drafts = batch.drafts.get(index, [])
+            num_good = num_tokens
+            if poison is not None and poison.sequence is sequence:
+                num_good = poison.first_row if drafts else 0
+            content = self._compute(sequence, num_tokens, drafts, num_good)
+            if index not in sampling:
+                continue
+            for row in range(1 + len(drafts)):
+                end = len(sequence.token_ids) + row
+                visible = content[0 if self._window is None else max(0, end - self._window) : end]
                 token_id = next_token(visible, sequence.request, sequence.choice_index, self._vocab_size)
-                if sequence.beam is not None and sequence is not poisoned:
+                is_good = row < num_good
+                if sequence.beam is not None and is_good:
                     sampled.candidates[len(sampled.token_ids)] = candidates_after(
                         visible, sequence.request, sequence.num_output_tokens, self._vocab_size
                     )
-                sampled.token_ids.append(None if sequence is poisoned else token_id)
+                sampled.token_ids.append(token_id if is_good else None)
         return sampled
 
     def forget(self, sequence: Sequence) -> None:
         self._expected.pop(sequence, None)
 
-    def _compute(self, sequence: Sequence, num_tokens: int, poisoned: bool) -> list[int]:
-        """Write the next slots; what the last of them sees."""
-        block_size, pages, token_ids = self._block_size, self.pages, sequence.token_ids
+    def _compute(self, sequence: Sequence, num_tokens: int, drafts: list[int], num_good: int) -> list[int]:
+        """Write the next slots, all but the first `num_good` with poison; the content of all slots so far."""
+        block_size, pages, token_ids = self._block_size, self.pages, sequence.token_ids + drafts
         start = sequence.num_computed_tokens
         end = start + num_tokens
         table = sequence.block_table
@@ -91,11 +122,12 @@ class GhostModel:
             raise InvariantError(name, f"pages hold something else than the tokens' content: {sequence}")
         previous = content[start - 1] if start else root_fingerprint(sequence.request)
         for position in range(start, end):
-            previous = POISON if poisoned else fingerprint(previous, token_ids[position])
+            previous = fingerprint(previous, token_ids[position]) if position - start < num_good else POISON
+            self.marks["wrong draft overwritten"] += content[position] not in (UNWRITTEN, previous)
             block_id = block_ids[position // block_size]
             pages[block_id][position % block_size] = content[position] = previous
             self.written_by[block_id] = sequence.request_id
-        return content[0 if self._window is None else max(0, end - self._window) : end]
+        return content
 
     def _expect(self, sequence: Sequence) -> list[int]:
         token_ids, expected = self._expected.get(sequence, ([], []))

@@ -7,6 +7,7 @@ from collections import Counter
 from quire.config import SchedulerConfig
 from quire.scheduler.block_pool import BlockPool
 from quire.scheduler.invariants import InvariantError
+from quire.scheduler.output import ErrorCode, StepOutput
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import Sequence
 from quire.scheduler.status import RUNNING
@@ -52,7 +53,7 @@ class WatchedScheduler(Scheduler):
 
     def __init__(self, config: SchedulerConfig, max_preemptions: int, ghost: GhostModel) -> None:
         super().__init__(config, max_preemptions=max_preemptions)
-        self.marks: Counter[str] = Counter()
+        self.marks = ghost.marks
         self.blocks.pool = WatchedPool(self.blocks.pool, ghost, self.marks)
         self._freed_nothing: list[set[int]] = []
 
@@ -75,6 +76,13 @@ class WatchedScheduler(Scheduler):
         num_forked = len(self.running) - num_running
         self.marks["fork"] += num_forked
         self.marks["no block left to fork into"] += num_followers - num_forked
+
+    def _take_tokens(self, sequence: Sequence, token_ids: list[int | None], error: ErrorCode) -> StepOutput:
+        output = super()._take_tokens(sequence, token_ids, error)
+        self.marks["draft cut by a stop"] += len(output.token_ids) < len(token_ids) and None not in token_ids
+        self.marks["draft cut by a failure"] += None in token_ids and len(token_ids) > 1
+        self.marks["draft after a preemption"] += sequence.num_preemptions > 0
+        return output
 
     def preempt(self, sequence: Sequence) -> None:
         if sequence.status is not RUNNING:

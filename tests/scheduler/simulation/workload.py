@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-from quire.config import SchedulerConfig
+from quire.config import SchedulerConfig, SpeculativeConfig
 from quire.sampling_params import SamplingParams
 from quire.scheduler.request import Request
 from simulation.beam_oracle import PairStops
@@ -19,6 +19,7 @@ class Swarm:
 
     config: SchedulerConfig
     vocab_size: int
+    speculation: bool
     salts: tuple[str, ...]
     max_preemptions: int
     max_choices: int
@@ -53,6 +54,7 @@ def draw_swarm(rng: random.Random) -> Swarm:
         enable_chunked_prefill=chunked,
         policy=rng.choice(("fcfs", "fcfs", "priority")),
         sliding_window=rng.choice((None, None, None, 2, 3, 5, 8, 16)),
+        speculative_config=draw_speculation(rng),
     )
     vocab_size = rng.choice((3, 6, 20))
     most_choices = rng.choice((1, 1, 2, 4))
@@ -60,6 +62,7 @@ def draw_swarm(rng: random.Random) -> Swarm:
         config=config,
         max_preemptions=rng.choice((1, 2, 8)),
         vocab_size=vocab_size,
+        speculation=config.speculative_config.num_speculative_tokens > 0,
         salts=rng.choice((("",), ("",), ("", "a"), ("a", "b"))),
         max_choices=most_choices if rng.random() < 0.05 else min(most_choices, max_num_seqs),
         prompts=tuple(
@@ -72,6 +75,16 @@ def draw_swarm(rng: random.Random) -> Swarm:
         reset=rng.choice((0.0, 0.0, 0.02)),
         beams=rng.choice((0.0, 0.0, 0.2, 0.6)),
         poison=rng.choice((0.0, 0.0, 0.03)),
+    )
+
+
+def draw_speculation(rng: random.Random) -> SpeculativeConfig:
+    """Off in a third of the swarms. Short n-grams, so that there are guesses even among 20 tokens."""
+    min_ngram = rng.choice((1, 1, 2))
+    return SpeculativeConfig(
+        num_speculative_tokens=rng.choice((0, 1, 2, 4, 4, 8)) if rng.random() < 0.8 else 0,
+        min_ngram=min_ngram,
+        max_ngram=min_ngram + rng.choice((0, 2)),
     )
 
 
@@ -91,6 +104,7 @@ def draw_request(rng: random.Random, swarm: Swarm, request_id: str) -> Request:
         min_tokens=min(max_tokens, rng.choice((0, 0, 0, 1, 3))),
         stop_token_ids=rng.choice(((), (), (), (1,), (EOS,))),
         ignore_eos=random_number() < 0.7,
+        num_speculative_tokens=rng.choice((None, None, None, 0, 3)) if swarm.speculation else 0,
     )
     stop_texts = None
     if random_number() < swarm.beams:

@@ -14,7 +14,7 @@ from quire.scheduler.preemption import MAX_PREEMPTIONS
 from quire.scheduler.request import AdmissionError, Request
 from quire.scheduler.sequence import Sequence
 from quire.scheduler.status import FINISHED, RUNNING
-from simulation.ghost import POISON, GhostModel, oracle
+from simulation.ghost import POISON, GhostModel, Poison, oracle
 from simulation.watched import WatchedScheduler
 
 KEYS_EVERY = 16
@@ -49,6 +49,7 @@ class World:
         """Choices that have had no end yet: neither finished nor aborted."""
         self.num_steps = 0
         self.max_preemptions_seen = 0
+        self._num_preemptions = 0
         self._progress: dict[Sequence, tuple[int, int]] = {}
         self._content_of_key: dict[bytes, int] = {}
         self._key_of_content: dict[int, bytes] = {}
@@ -80,13 +81,13 @@ class World:
 
     def step(
         self,
-        poison: Callable[[ScheduledBatch], Sequence | None] = lambda batch: None,
+        poison: Callable[[ScheduledBatch], Poison | None] = lambda batch: None,
         in_flight: Callable[[], None] = lambda: None,
     ) -> None:
         """One step with all checks.
 
         Args:
-            poison: names a sampling sequence of the batch whose values are not to be finite.
+            poison: names values of a sampling sequence of the batch that are not to be finite.
             in_flight: what happens between schedule() and update().
         """
         scheduler = self.scheduler
@@ -99,15 +100,14 @@ class World:
         self._check_scheduled(batch)
         poisoned = poison(batch)
         sampled = self.ghost.forward(batch, poisoned)
-        poisoned_request = None if poisoned is None else poisoned.request_id
-        poisoned_is_beam = poisoned is not None and poisoned.beam is not None
+        num_computed = self._num_computed(batch, sampled.token_ids)
         progress = [
             (sequence, (sequence.num_computed_tokens + num_tokens, sequence.num_preemptions))
-            for sequence, num_tokens in zip(batch.sequences, batch.num_scheduled_tokens, strict=True)
+            for sequence, num_tokens in zip(batch.sequences, num_computed, strict=True)
         ]
         in_flight()
         outputs = scheduler.update(batch, sampled)
-        self._take(outputs, poisoned, poisoned_request if poisoned_is_beam else None)
+        self._take(outputs, poisoned)
         self._progress.update((sequence, done) for sequence, done in progress if sequence.status is RUNNING)
         invariants.check_pool(scheduler)
         self._check_cached_content()
@@ -137,11 +137,34 @@ class World:
         invariants.check_batch(scheduler, batch)
         self.marks["copy of a partial block"] += len(batch.block_copies)
         self.marks["chunk"] += len(batch.sampling) < len(batch.sequences)
+        self.marks["draft in a batch with a preemption"] += bool(
+            batch.drafts and scheduler.stats().num_preemptions > self._num_preemptions
+        )
+        self._num_preemptions = scheduler.stats().num_preemptions
+        block_size = self.config.block_size
         first_waiting = scheduler.waiting.head.order if scheduler.waiting else None
         for sequence in batch.sequences:
+            self.marks["look-ahead block"] += sequence.block_table.capacity >= len(sequence.token_ids) + block_size
             done = self._progress.get(sequence)
             if done != (sequence.num_computed_tokens, sequence.num_preemptions):
                 self._check_start(sequence, done, first_waiting)
+
+    def _num_computed(self, batch: ScheduledBatch, sampled: list[int | None]) -> list[int]:
+        """What the step adds to each sequence's computed tokens: wrong drafts, and those behind them, do not count."""
+        num_computed, marks = list(batch.num_scheduled_tokens), self.marks
+        row = len(batch.sampling) - len(batch.drafts)
+        for index, drafts in batch.drafts.items():
+            own = sampled[row : row + 1 + len(drafts)]
+            num_right = next((n for n, draft in enumerate(drafts) if own[n] != draft), len(drafts))
+            num_computed[index] = 1 + num_right
+            row += len(own)
+            marks["draft accepted"] += num_right
+            marks["draft rejected"] += len(drafts) - num_right
+            marks["all of several drafts accepted"] += num_right == len(drafts) > 1
+            marks["failure behind a wrong draft"] += None in own and own.index(None) > num_right
+        if row != len(sampled):
+            raise InvariantError("I23", f"{len(sampled)} rows of logits, {row} are wanted")
+        return num_computed
 
     def _check_start(
         self, sequence: Sequence, done: tuple[int, int] | None, first_waiting: tuple[int, int, int] | None
@@ -167,21 +190,28 @@ class World:
             marks["hit after a preemption"] += num_preemptions > 0
             marks["hit behind the window"] += table.num_released > 0
 
-    def _take(self, outputs: list[StepOutput], poisoned: Sequence | None, poisoned_search: str | None) -> None:
+    def _take(self, outputs: list[StepOutput], poison: Poison | None) -> None:
         for output in outputs:
             key = (output.request_id, output.choice_index)
             choice = self.open.get(key)
             if choice is None:
                 raise InvariantError("I16", f"output for {key}, which has ended")
+            num_good = None
+            if poison is not None and choice.sequence is poison.sequence:
+                num_good = len(choice.token_ids) + poison.first_row
+            elif poison is not None and poison.fails_a_search(output.request_id):
+                num_good = len(choice.token_ids)
             choice.token_ids += output.token_ids
             if output.finish_reason is not None:
                 self._end(key)
                 self.marks[f"finish: {output.finish_reason.value}"] += 1
-                failed = choice.sequence is poisoned or output.request_id == poisoned_search
-                self._compare(choice, output, failed)
+                self._compare(choice, output, num_good)
 
-    def _compare(self, choice: Choice, output: StepOutput, poisoned: bool) -> None:
-        """The differential oracle, I25: what the request alone, without a cache, would have been told."""
+    def _compare(self, choice: Choice, output: StepOutput, num_good: int | None) -> None:
+        """The differential oracle, I25: what the request alone, without a cache, would have been told.
+
+        If it ends in a step with poison, `num_good` output tokens come before the first that is not finite.
+        """
         token_ids, finish_reason, stop_reason, log_prob = oracle(
             choice.request,
             output.choice_index,
@@ -189,9 +219,11 @@ class World:
             self.config.sliding_window,
             self.vocab_size,
         )
-        if poisoned or finish_reason is FinishReason.ERROR:
-            finish_reason, stop_reason, token_ids = FinishReason.ERROR, None, token_ids[: len(choice.token_ids)]
-            log_prob = None
+        failed_search = choice.request.params.use_beam_search and num_good is not None
+        dead_end = finish_reason is FinishReason.ERROR
+        if failed_search or dead_end or (num_good is not None and num_good < len(token_ids)):
+            num_told = len(choice.token_ids) if num_good is None else num_good
+            finish_reason, stop_reason, log_prob, token_ids = FinishReason.ERROR, None, None, token_ids[:num_told]
         told = (choice.token_ids, output.finish_reason, output.stop_reason, output.cumulative_log_prob)
         expected = (token_ids, finish_reason, stop_reason, log_prob)
         if choice.request.params.use_beam_search:
