@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 
 from quire.kernels import cpu_lanes as lanes
-from quire.kernels.cpu_elements import F32, I64, Builder, Kinds, Value, emitted, move, read
+from quire.kernels.cpu_elements import I32, I64, Builder, Kinds, Value, emitted, int32_pointer, move, nothing, read
 from quire.kernels.cpu_lanes import LANES, LOWEST, at, integer, load, store
 
 BLOCK = 64
@@ -124,6 +124,22 @@ def exp_block(builder: Builder, kinds: Kinds, block: Value, top: Value, threshol
     return _sum64(builder, total)
 
 
+@emitted(nothing)
+def bucket_block(
+    builder: Builder, kinds: Kinds, block: Value, top: Value, scale: Value, low: Value, buckets: Value
+) -> None:
+    """buckets[i] = int32 of (top - block[i]) * scale, at most NUM_BUCKETS - 1; NUM_BUCKETS where block[i] < low."""
+    integers = ir.VectorType(I32, LANES)
+    tops, scales, lows = (lanes.splat(builder, scalar) for scalar in (top, scale, low))
+    last, beyond = lanes.constant(NUM_BUCKETS - 1.0), lanes.constant(float(NUM_BUCKETS))
+    for offset in range(0, BLOCK, LANES):
+        vector = load(builder, at(builder, block, offset))
+        place = builder.fmul(builder.fsub(tops, vector), scales)
+        place = builder.select(builder.fcmp_ordered("<", place, last), place, last)
+        place = builder.select(builder.fcmp_ordered(">=", vector, lows), place, beyond)
+        store(builder, builder.fptosi(place, integers), at(builder, buckets, offset))
+
+
 @numba.njit
 def _sift_down(heap, start, size):  # type: ignore[no-untyped-def]
     value = heap[start]
@@ -169,44 +185,37 @@ def kth_maximum(maxima, num_blocks, k, heap):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _bucket(logit, top, scale):  # type: ignore[no-untyped-def]
-    """Never falls as the logit falls; the last one holds all that is far below."""
-    place = (top - logit) * scale
-    return np.int64(place) if place < np.float32(NUM_BUCKETS - 1) else NUM_BUCKETS - 1
-
-
-@numba.njit
-def select_threshold(row, maxima, num_blocks, top, low, is_mass, target, masses, buckets, heap):  # type: ignore[no-untyped-def]
+def select_threshold(row, maxima, num_blocks, top, low, is_mass, target, masses, weights, heap):  # type: ignore[no-untyped-def]
     """The largest logit t >= low such that the logits >= t have at least `target` of weight; `low` if there is none.
 
     A weight is exp(logit - top) if `is_mass`, else 1. A histogram finds the bucket that t lies in, a heap orders that
-    bucket alone.
+    bucket alone. `masses` has room for two blocks, `weights` for NUM_BUCKETS + 1 numbers, `heap` for the row.
     """
     scale = np.float32(NUM_BUCKETS - 1) / max(min(top - low, np.float32(64.0)), np.float32(1e-6))
-    for bucket in range(NUM_BUCKETS):
-        buckets[bucket] = 0.0
+    buckets = int32_pointer(move(masses, BLOCK))
+    for bucket in range(NUM_BUCKETS + 1):
+        weights[bucket] = 0.0
     for i in range(BLOCK):
         masses[i] = 1.0
     for block in range(num_blocks):
         if maxima[block] >= low:
-            logits = move(row, block * BLOCK)
+            bucket_block(move(row, block * BLOCK), top, scale, low, buckets)
             if is_mass:
-                exp_block(logits, top, low, masses)
+                exp_block(move(row, block * BLOCK), top, low, masses)
             for i in range(BLOCK):
-                if logits[i] >= low:
-                    buckets[_bucket(logits[i], top, scale)] += masses[i]
+                weights[buckets[i]] += masses[i]
     weight = 0.0
     boundary = 0
-    while boundary < NUM_BUCKETS - 1 and weight + buckets[boundary] < target:
-        weight += buckets[boundary]
+    while boundary < NUM_BUCKETS - 1 and weight + weights[boundary] < target:
+        weight += weights[boundary]
         boundary += 1
     size = 0
     for block in range(num_blocks):
-        if maxima[block] >= low and _bucket(maxima[block], top, scale) <= boundary:
-            logits = move(row, block * BLOCK)
+        if maxima[block] >= low:
+            bucket_block(move(row, block * BLOCK), top, scale, low, buckets)
             for i in range(BLOCK):
-                if logits[i] >= low and _bucket(logits[i], top, scale) == boundary:
-                    heap[size] = logits[i]
+                if buckets[i] == boundary:
+                    heap[size] = row[block * BLOCK + i]
                     size += 1
     heapify(heap, size)
     threshold = low

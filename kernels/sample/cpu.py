@@ -76,8 +76,8 @@ def _draw(row, maxima, num_blocks, top, threshold, uniform, masses, block_masses
 def _sample_row(logits, vocab_size, temperature, top_k, top_p, min_p, uniform, scratch):  # type: ignore[no-untyped-def]
     num_blocks = num_blocks_of(vocab_size)
     masses = float64_pointer(scratch)
-    buckets = move(masses, BLOCK)
-    block_masses = move(buckets, NUM_BUCKETS)
+    weights = move(masses, 2 * BLOCK)
+    block_masses = move(weights, NUM_BUCKETS + 1)
     row = float32_pointer(move(block_masses, num_blocks))
     heap = move(row, num_blocks * BLOCK)
     maxima = move(heap, num_blocks * BLOCK)
@@ -90,7 +90,7 @@ def _sample_row(logits, vocab_size, temperature, top_k, top_p, min_p, uniform, s
     if 0 < top_k < vocab_size:
         low = kth_maximum(maxima, num_blocks, top_k, heap)
         threshold = select_threshold(
-            row, maxima, num_blocks, top, low, False, np.float64(top_k), masses, buckets, heap
+            row, maxima, num_blocks, top, low, False, np.float64(top_k), masses, weights, heap
         )  # fmt: skip
     if top_p < 1.0:
         total = _total_mass(row, maxima, num_blocks, top, threshold, masses, block_masses)
@@ -98,7 +98,7 @@ def _sample_row(logits, vocab_size, temperature, top_k, top_p, min_p, uniform, s
         smallest = 0.99 * (1.0 - np.float64(top_p)) * total / vocab_size
         low = max(threshold, np.float32(np.float64(top) + math.log(smallest)))
         target = np.float64(top_p) * total
-        threshold = select_threshold(row, maxima, num_blocks, top, low, True, target, masses, buckets, heap)
+        threshold = select_threshold(row, maxima, num_blocks, top, low, True, target, masses, weights, heap)
     if min_p > 0.0:
         threshold = max(threshold, top + np.float32(math.log(np.float64(min_p))))
     return _draw(row, maxima, num_blocks, top, threshold, uniform, masses, block_masses)
@@ -138,7 +138,7 @@ def sample(
         return out
     top_k = top_k.to(torch.int64)
     num_blocks = num_blocks_of(vocab_size)
-    scratch_size = 8 * (BLOCK + NUM_BUCKETS + num_blocks) + 4 * (2 * num_blocks * BLOCK + num_blocks)
+    scratch_size = 8 * (2 * BLOCK + NUM_BUCKETS + 1 + num_blocks) + 4 * (2 * num_blocks * BLOCK + num_blocks)
     scratch_size = -(-scratch_size // 64) * 64
     num_threads = row_threads(logits.numel()) if num_rows > 1 else 1
     scratch = torch.empty(num_threads * scratch_size, dtype=torch.uint8)
