@@ -95,8 +95,9 @@ def _sample_row(logits, vocab_size, temperature, top_k, top_p, min_p, uniform, s
     if top_p < 1.0:
         total = _total_mass(row, maxima, num_blocks, top, threshold, masses, block_masses)
         # All tokens this small together have less than 1 - top_p: the nucleus is above them.
-        smallest = 0.99 * (1.0 - np.float64(top_p)) * total / vocab_size
-        low = max(threshold, np.float32(np.float64(top) + math.log(smallest)))
+        # The last term is for rounding.
+        smallest = math.log(0.99 * (1.0 - np.float64(top_p)) * total / vocab_size)
+        low = max(threshold, np.float32(np.float64(top) + smallest - 5e-7 * abs(np.float64(top))))
         target = np.float64(top_p) * total
         threshold = select_threshold(row, maxima, num_blocks, top, low, True, target, masses, weights, heap)
     if min_p > 0.0:

@@ -26,7 +26,7 @@ from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
 KERNEL_MODULES = tuple(
-    f"quire.kernels.{op}.triton" for op in ("rms_norm", "rope", "kv_write", "paged_decode", "paged_prefill")
+    f"quire.kernels.{op}.triton" for op in ("rms_norm", "rope", "kv_write", "paged_decode", "paged_prefill", "sample")
 )
 
 
