@@ -13,76 +13,18 @@ import triton
 import triton.language as tl
 
 from quire.kernels.targets import current_target
+from quire.kernels.triton_probability import (
+    BLOCK,
+    NUM_THREADS,
+    key_value,
+    kth_group_key,
+    mass_of,
+    order_key,
+    scaled_logits,
+)
 
-BLOCK = 2048
 CAPACITY = 16384
 """Candidates of a row that are kept aside: 8 bytes each."""
-
-NUM_THREADS = 512  # 4 logits each: with 8 the registers of an H100 do not suffice
-
-
-@triton.jit
-def _key(values: tl.tensor) -> tl.tensor:
-    """Integers in the order of the floats."""
-    bits = values.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _value(key: tl.tensor) -> tl.tensor:
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _scaled(source: tl.tensor, index: tl.tensor, count: tl.tensor, inverse: tl.tensor) -> tl.tensor:
-    """The logits at `index`, scaled; minus infinity for NaN and from `count` on, and no -0, which equals 0.
-
-    `inverse` is 1 / temperature in float64. The product, good to 2 ** -52, rounds to the float32 that the quotient
-    rounds to: a quotient of float32 numbers is 2 ** -49 or more away from the middle of two.
-    """
-    values = tl.load(source + index, mask=index < count, other=float("-inf")).to(tl.float64)
-    values = (values * inverse).to(tl.float32)
-    values = tl.where(values == values, values, float("-inf"))
-    return tl.where(values == 0.0, 0.0, values)
-
-
-@triton.jit
-def _mass(values: tl.tensor, top: tl.tensor, threshold: tl.tensor) -> tl.tensor:
-    """exp(values - top) in float64, 0 under the threshold; exactly 1 at the top. The relative error is below 1e-14.
-
-    2 ** whole by its bits and 2 ** fraction as the 16th power of a polynomial: few constants, which stay in registers.
-    """
-    exponent = (values.to(tl.float64) - top.to(tl.float64)) * 1.4426950408889634
-    kept = (values >= threshold) & (exponent > -1000.0)
-    exponent = tl.where(kept, exponent, 0.0)
-    whole = tl.floor(exponent + 0.5)
-    rest = (exponent - whole) * 0.04332169878499658  # ln 2 / 16
-    power = 1.0 / 720 + rest * (1.0 / 5040)
-    power = 1.0 / 120 + rest * power
-    power = 1.0 / 24 + rest * power
-    power = 1.0 / 6 + rest * power
-    power = 0.5 + rest * power
-    power = 1.0 + rest * (1.0 + rest * power)
-    power = power * power
-    power = power * power
-    power = power * power
-    power = power * power
-    scale = ((whole.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
-    return tl.where(kept, power * scale, 0.0)
-
-
-@triton.jit
-def _kth_group(maxima: tl.tensor, k: tl.tensor) -> tl.tensor:
-    """The key of the k-th largest of the groups' maxima."""
-    keys = _key(maxima)
-    low = tl.min(keys, 0).to(tl.int64)
-    high = tl.max(keys, 0).to(tl.int64) + 1
-    while high - low > 1:
-        middle = low + (high - low) // 2
-        is_below = tl.sum((keys >= middle.to(tl.int32)).to(tl.int32), 0) >= k
-        low = tl.where(is_below, middle, low)
-        high = tl.where(is_below, high, middle)
-    return low.to(tl.int32)
 
 
 @triton.jit
@@ -102,7 +44,7 @@ def _narrow(
     """
     weight_type: tl.constexpr = tl.float64 if IS_MASS else tl.int32
     low = low.to(tl.int64)
-    high = _key(top).to(tl.int64) + 1
+    high = order_key(top).to(tl.int64) + 1
     lane = tl.arange(0, BLOCK)
     while high - low > 1:
         step = tl.maximum((high - low) // 4, 1)
@@ -113,11 +55,11 @@ def _narrow(
         above_second = tl.zeros([BLOCK], weight_type)
         above_third = tl.zeros([BLOCK], weight_type)
         for start in range(0, count, BLOCK):
-            values = _scaled(source, start + lane, count, inverse)
-            key = _key(values)
+            values = scaled_logits(source, start + lane, count, inverse)
+            key = order_key(values)
             weight = (start + lane < count).to(weight_type)
             if IS_MASS:
-                weight = _mass(values, top, float("-inf"))
+                weight = mass_of(values, top, float("-inf"))
             zero = tl.zeros([BLOCK], weight_type)
             above_first += tl.where(key >= first.to(tl.int32), weight, zero)
             above_second += tl.where(key >= second.to(tl.int32), weight, zero)
@@ -151,16 +93,16 @@ def _draw(
     tiles = tl.arange(0, NUM_TILES)
     masses = tl.zeros([NUM_TILES], tl.float64)
     for tile in range(0, tl.cdiv(count, BLOCK)):
-        values = _scaled(source, tile * BLOCK + lane, count, inverse)
+        values = scaled_logits(source, tile * BLOCK + lane, count, inverse)
         if tl.max(values, 0) >= threshold:
-            masses = tl.where(tiles == tile, tl.sum(_mass(values, top, threshold), 0), masses)
+            masses = tl.where(tiles == tile, tl.sum(mass_of(values, top, threshold), 0), masses)
     cumulative = tl.cumsum(masses, 0)
     target = uniform * tl.max(cumulative, 0)
     first = tl.min(tl.where((cumulative > target) & (masses > 0.0), tiles, NUM_TILES), 0)
     chosen_tile = tl.minimum(first, tl.max(tl.where(masses > 0.0, tiles, 0), 0))
     before = tl.sum(tl.where(tiles < chosen_tile, masses, 0.0), 0)
     place = chosen_tile * BLOCK + lane
-    mass = _mass(_scaled(source, place, count, inverse), top, threshold)
+    mass = mass_of(scaled_logits(source, place, count, inverse), top, threshold)
     is_past = (before + tl.cumsum(mass, 0) > target) & (mass > 0.0)
     first = tl.min(tl.where(is_past, place, NUM_TILES * BLOCK), 0)
     return tl.minimum(first, tl.max(tl.where(mass > 0.0, place, 0), 0))
@@ -202,7 +144,7 @@ def sample_kernel(
     lane = tl.arange(0, BLOCK)
     maxima = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(0, vocab_size, BLOCK):
-        maxima = tl.maximum(maxima, _scaled(logits, start + lane, vocab_size, inverse))
+        maxima = tl.maximum(maxima, scaled_logits(logits, start + lane, vocab_size, inverse))
     top = tl.max(maxima, 0)
     if (top == float("-inf")) | (top == float("inf")):
         tl.store(out + row, 0)
@@ -218,7 +160,7 @@ def sample_kernel(
     nucleus_bound = (top.to(tl.float64) + smallest - 5e-7 * tl.abs(top)).to(tl.float32)
     bound = top - float("inf")
     if has_k & (k <= BLOCK):
-        bound = _value(_kth_group(maxima, k))
+        bound = key_value(kth_group_key(maxima, k))
     if has_p:
         bound = tl.where(has_k, bound, nucleus_bound)
     else:
@@ -230,7 +172,7 @@ def sample_kernel(
         needs_total = has_p & ((k <= 0) | (k >= vocab_size))
         sums = tl.zeros([BLOCK], tl.float64)
         for start in range(0, vocab_size, BLOCK):
-            values = _scaled(logits, start + lane, vocab_size, inverse)
+            values = scaled_logits(logits, start + lane, vocab_size, inverse)
             kept = values >= bound
             num_kept = tl.sum(kept.to(tl.int32), 0)
             if num_kept > 0:
@@ -240,7 +182,7 @@ def sample_kernel(
                 tl.store(candidate_ids + place, start + lane, mask=fits)
             count += num_kept
             if needs_total:
-                sums += _mass(values, top, float("-inf"))
+                sums += mass_of(values, top, float("-inf"))
         total = tl.sum(sums, 0)
         tl.debug_barrier()
     is_gathered = (count > 0) & (count <= CAPACITY)
@@ -252,17 +194,17 @@ def sample_kernel(
         count = vocab_size
 
     if has_k:
-        kth = _value(_narrow(source, count, inverse, top, _key(bound), k, False, BLOCK))
+        kth = key_value(_narrow(source, count, inverse, top, order_key(bound), k, False, BLOCK))
         bound = tl.maximum(bound, kth)
         threshold = tl.maximum(threshold, kth)
     if has_p:
         if has_k:
             sums = tl.zeros([BLOCK], tl.float64)
             for start in range(0, count, BLOCK):
-                sums += _mass(_scaled(source, start + lane, count, inverse), top, bound)
+                sums += mass_of(scaled_logits(source, start + lane, count, inverse), top, bound)
             total = tl.sum(sums, 0)
             bound = tl.maximum(bound, nucleus_bound)
-        nucleus = _value(_narrow(source, count, inverse, top, _key(bound), p * total, True, BLOCK))
+        nucleus = key_value(_narrow(source, count, inverse, top, order_key(bound), p * total, True, BLOCK))
         threshold = tl.maximum(threshold, nucleus)
 
     place = _draw(source, count, inverse, top, threshold, number, NUM_TILES, BLOCK)
