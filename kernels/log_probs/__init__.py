@@ -15,8 +15,8 @@ def log_probs(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Natural logarithms of softmax(logits) at a token of each row and at the row's `num_top` largest.
 
-    The softmax is never stored. A row's result does not depend on the rows beside it. Of equal logits the lower token id
-    comes first; NaN counts as minus infinity. A row without a finite largest logit gets NaN and some ids.
+    The softmax is never stored. A row's result does not depend on the rows beside it. Of equal logits the lower token
+    id comes first; NaN counts as minus infinity. A row without a finite largest logit gets NaN and some ids.
 
     Args:
         logits: [R, V] float32, V at most 2^18 on a GPU; the last dimension is contiguous, rows may have any stride.

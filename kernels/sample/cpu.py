@@ -62,7 +62,7 @@ def _draw(row, maxima, num_blocks, top, threshold, uniform, masses, block_masses
         cumulative += block_masses[block]
         block += 1
     exp_block(move(row, block * BLOCK), top, threshold, masses)
-    chosen = np.int64(0)
+    chosen = 0
     for i in range(BLOCK):
         if masses[i] > 0.0:  # the last of them where rounding has the block's mass exceed their sum
             chosen = block * BLOCK + i

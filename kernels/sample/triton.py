@@ -67,10 +67,45 @@ def _narrow(
         reaches_first = tl.sum(above_first, 0) >= target
         reaches_second = tl.sum(above_second, 0) >= target
         reaches_third = tl.sum(above_third, 0) >= target
-        new_high = tl.where(reaches_second, tl.where(reaches_third, high, third), tl.where(reaches_first, second, first))
+        new_high = tl.where(
+            reaches_second, tl.where(reaches_third, high, third), tl.where(reaches_first, second, first)
+        )
         low = tl.where(reaches_third, third, tl.where(reaches_second, second, tl.where(reaches_first, first, low)))
         high = new_high
     return low.to(tl.int32)
+
+
+@triton.jit
+def _gather(
+    logits: tl.tensor,
+    vocab_size: tl.tensor,
+    inverse: tl.tensor,
+    top: tl.tensor,
+    bound: tl.tensor,
+    needs_total: tl.tensor,
+    candidates: tl.tensor,
+    candidate_ids: tl.tensor,
+    CAPACITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> tl.tuple:
+    """Keep the first CAPACITY logits >= bound; returns how many there are, and the mass of all logits if needed."""
+    lane = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float64)
+    count = 0
+    for start in range(0, vocab_size, BLOCK):
+        values = scaled_logits(logits, start + lane, vocab_size, inverse)
+        kept = values >= bound
+        num_kept = tl.sum(kept.to(tl.int32), 0)
+        if num_kept > 0:
+            place = count + tl.cumsum(kept.to(tl.int32), 0) - 1
+            fits = kept & (place < CAPACITY)
+            tl.store(candidates + place, values, mask=fits)
+            tl.store(candidate_ids + place, start + lane, mask=fits)
+        count += num_kept
+        if needs_total:
+            sums += mass_of(values, top, float("-inf"))
+    tl.debug_barrier()
+    return count, tl.sum(sums, 0)
 
 
 @triton.jit
@@ -92,7 +127,7 @@ def _draw(
     lane = tl.arange(0, BLOCK)
     tiles = tl.arange(0, NUM_TILES)
     masses = tl.zeros([NUM_TILES], tl.float64)
-    for tile in range(0, tl.cdiv(count, BLOCK)):
+    for tile in range(tl.cdiv(count, BLOCK)):
         values = scaled_logits(source, tile * BLOCK + lane, count, inverse)
         if tl.max(values, 0) >= threshold:
             masses = tl.where(tiles == tile, tl.sum(mass_of(values, top, threshold), 0), masses)
@@ -161,30 +196,15 @@ def sample_kernel(
     bound = top - float("inf")
     if has_k & (k <= BLOCK):
         bound = key_value(kth_group_key(maxima, k))
-    if has_p:
-        bound = tl.where(has_k, bound, nucleus_bound)
-    else:
-        bound = tl.maximum(bound, threshold)
+    bound = tl.where(has_p, tl.where(has_k, bound, nucleus_bound), tl.maximum(bound, threshold))
 
-    total = top.to(tl.float64) * 0.0
     count = 0
+    total = top.to(tl.float64) * 0.0
     if bound > float("-inf"):
         needs_total = has_p & ((k <= 0) | (k >= vocab_size))
-        sums = tl.zeros([BLOCK], tl.float64)
-        for start in range(0, vocab_size, BLOCK):
-            values = scaled_logits(logits, start + lane, vocab_size, inverse)
-            kept = values >= bound
-            num_kept = tl.sum(kept.to(tl.int32), 0)
-            if num_kept > 0:
-                place = count + tl.cumsum(kept.to(tl.int32), 0) - 1
-                fits = kept & (place < CAPACITY)
-                tl.store(candidates + place, values, mask=fits)
-                tl.store(candidate_ids + place, start + lane, mask=fits)
-            count += num_kept
-            if needs_total:
-                sums += mass_of(values, top, float("-inf"))
-        total = tl.sum(sums, 0)
-        tl.debug_barrier()
+        count, total = _gather(
+            logits, vocab_size, inverse, top, bound, needs_total, candidates, candidate_ids, CAPACITY, BLOCK
+        )
     is_gathered = (count > 0) & (count <= CAPACITY)
     source = logits
     if is_gathered:

@@ -42,9 +42,7 @@ def apply_token_bitmask(
         rows,
         bitmask,
     )
-    require(
-        logits.device == bitmask.device == rows.device, "all tensors must be on one device", logits, bitmask, rows
-    )
+    require(logits.device == bitmask.device == rows.device, "all tensors must be on one device", logits, bitmask, rows)
     if body == "triton":
         from quire.kernels.token_bitmask.triton import token_bitmask as run
     elif body == "cpu":
