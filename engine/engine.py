@@ -11,6 +11,7 @@ import torch
 
 from quire.config import EngineConfig, SchedulerConfig
 from quire.engine.device import choose_device, choose_dtype, dtype_name
+from quire.engine.grammar.factory import GrammarFactory
 from quire.engine.inputs import InputBuilder
 from quire.engine.kv_storage import KVStorage
 from quire.engine.memory import plan_memory
@@ -18,10 +19,11 @@ from quire.engine.messages import EngineInfo
 from quire.engine.sampler import Sampler
 from quire.engine.stop_texts import StopTextsFactory
 from quire.engine.warm_up import warm_up
+from quire.grammar import Grammar, GrammarError
 from quire.models.config import ModelConfig
 from quire.models.loading import load_model
 from quire.scheduler.output import SchedulerStats, StepOutput
-from quire.scheduler.request import Request
+from quire.scheduler.request import AdmissionError, Request
 from quire.scheduler.scheduler import Scheduler
 
 DEFAULT_MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
@@ -70,7 +72,8 @@ class Engine:
         )
         self._kv = KVStorage(model_config, budget.num_blocks, config.block_size, dtype, device)
         self._inputs = InputBuilder(max_num_seqs, budget.max_model_len, config.block_size, device)
-        self._sampler = Sampler(max_num_seqs)
+        self._grammars = GrammarFactory(directory, model_config.vocab_size, model_config.eos_token_ids)
+        self._sampler = Sampler(max_num_seqs, self._grammars)
         self._stop_texts = StopTextsFactory(directory)
         self._scheduler = Scheduler(
             SchedulerConfig(
@@ -125,12 +128,24 @@ class Engine:
         """Queue a request.
 
         Raises:
-            AdmissionError: it can never run here.
+            AdmissionError: it can never run here, or its grammar cannot be used.
             InvalidParameterError: a token id of its parameters lies outside the vocabulary.
         """
         request.params.check_vocabulary(self.info.vocab_size)
+        if request.params.grammar is not None:
+            self._check_grammar(request.params.grammar)
         stop_texts = self._stop_texts.create(request.params)
         self._scheduler.add(request if stop_texts is None else replace(request, stop_texts=stop_texts))
+
+    def _check_grammar(self, grammar: Grammar) -> None:
+        """Compiles it, unless it is still kept, so that a step only makes a copy."""
+        if not self.info.eos_token_ids:
+            message = "This model has no end of sequence, by which a grammar ends."
+            raise AdmissionError(message, code="structured_output_unavailable", param="grammar")
+        try:
+            self._grammars.create(grammar)
+        except GrammarError as error:
+            raise AdmissionError(str(error), code=error.code, param="grammar") from error
 
     def abort(self, request_id: str, choice_index: int | None = None) -> None:
         self._scheduler.abort(request_id, choice_index)

@@ -125,5 +125,6 @@ def adjusts_logits(params: SamplingParams) -> bool:
         or params.logit_bias
         or params.allowed_token_ids is not None
         or params.bad_word_token_ids
+        or params.grammar is not None
         or params.min_tokens
     )

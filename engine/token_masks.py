@@ -24,14 +24,21 @@ def keep_allowed(logits: torch.Tensor, rows: list[SampleRow]) -> None:
             logits[row.index, token_ids] = kept
 
 
-def ban_tokens(logits: torch.Tensor, rows: list[SampleRow]) -> None:
-    """The last tokens of bad words that have been begun, and before `min_tokens` all that would end the sequence."""
+def ban_tokens(logits: torch.Tensor, rows: list[SampleRow], complete: set[int]) -> None:
+    """The last tokens of bad words that have been begun, and before `min_tokens` all that would end the sequence.
+
+    Args:
+        complete: indices of rows whose grammar leaves nothing but an end: they end, whatever else was asked for.
+    """
     indices: list[int] = []
     token_ids: list[int] = []
     for row in rows:
         banned = ends_of_bad_words(row)
-        if row.num_output_tokens < row.params.min_tokens:
-            banned += row.sequence.stop_token_ids
+        if row.index not in complete:
+            if row.num_output_tokens < row.params.min_tokens:
+                banned += row.sequence.stop_token_ids
+            elif row.params.grammar is not None and row.params.ignore_eos:
+                banned += row.sequence.request.eos_token_ids
         token_ids += banned
         indices += [row.index] * len(banned)
     if indices:

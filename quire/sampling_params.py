@@ -40,8 +40,8 @@ class InvalidParameterError(ValueError):
 class SamplingParams:
     """Names and defaults are those of vLLM's request body; `early_stopping` is Hugging Face's.
 
-    Order of the chain: repetition, presence and frequency penalty, logit_bias, allowed_token_ids, bad words,
-    min_tokens, temperature, top_k, top_p, min_p, typical_p, draw. `temperature` 0 is greedy and ignores what follows
+    Order of the chain: repetition, presence and frequency penalty, logit_bias, allowed_token_ids, grammar, bad words,
+    min_tokens, temperature, typical_p, top_k, top_p, min_p, draw. `temperature` 0 is greedy and ignores what follows
     it in the chain. `top_k` 0 or -1 is off.
 
     With `use_beam_search` the chain up to min_tokens works on each beam's log-probabilities, as in Hugging Face's

@@ -180,6 +180,6 @@ def test_early_stops_are_masked_by_position() -> None:
     logits = torch.zeros(4, 5)
     rows = SampleRows([Asked()] * 4, {1: [7], 2: [7, 7], 3: [7, 7, 7]})  # type: ignore[list-item]
     asked = [SampleRow(index, Asked(), rows.drafts.get(index, [])) for index in range(4)]  # type: ignore[arg-type]
-    ban_tokens(logits, asked)
+    ban_tokens(logits, asked, set())
     assert logits[:, 2].isinf().tolist() == [True, True, False, False]
     assert rows.positions().tolist() == [3, 4, 5, 6]
