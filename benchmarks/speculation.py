@@ -2,7 +2,8 @@
 
     python benchmarks/speculation.py
 
-Without and with drafts run in turns, in one process; the tokens must be the same. Figures are medians of the rounds.
+Without and with drafts run in turns, in one process; the tokens must be the same. Figures are medians of the rounds, in
+seconds of CPU time, which the neighbours on the machine hardly change.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ def prompts(repetitive: bool) -> list[str]:
 
 
 def measure(llm: LLM, texts: list[str], params: SamplingParams) -> tuple[Answers, dict[str, float]]:
-    before, started = llm.stats(), time.perf_counter()
+    before, started = llm.stats(), time.process_time()
     results = llm.generate(texts, params)
-    seconds, after = time.perf_counter() - started, llm.stats()
+    seconds, after = time.process_time() - started, llm.stats()
     answers = [result.outputs[0].token_ids for result in results]
     num_steps = after.num_steps - before.num_steps
     num_drafts = after.num_draft_steps - before.num_draft_steps

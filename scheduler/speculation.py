@@ -22,7 +22,7 @@ from quire.scheduler.status import RUNNING
 GENERATION_TOKENS = 8192
 """Tokens after which an index begins anew: the last so many are always found, none after twice as many."""
 MAX_INDEXED_TOKENS = 4096
-"""Most tokens that all indexes together take in in one step: half a millisecond for each thousand."""
+"""Most tokens that all indexes together take in in one step: about a millisecond for each thousand."""
 MAX_PAUSE = 32
 """Most steps without drafts between two attempts on text that does not repeat."""
 
