@@ -126,6 +126,7 @@ class ChoiceState:
         stop strings are to be included.
         """
         delta = TextDelta(self._index, "", output.token_ids, num_cached_tokens=output.num_cached_tokens)
+        delta.prompt_log_probs = output.prompt_log_probs
         silent = -1
         if output.finish_reason is FinishReason.STOP and not self._params.include_stop_str_in_output:
             silent = len(output.token_ids) - 1

@@ -10,6 +10,8 @@ class BatchBuilder:
     """Takes sequences in the order they are scheduled and sorts them into the order of a batch.
 
     That order is: one token and it samples; one token and it does not (a chunk cut short by the budget); more tokens.
+    A prompt that is scored goes with the latter even by single tokens: its numbers must not depend on how it was cut,
+    and the engine attends for decodes with another kernel.
     """
 
     __slots__ = ("_chunks", "_single_chunks", "budget", "decodes", "started")
@@ -29,7 +31,7 @@ class BatchBuilder:
         return not (self.decodes or self._single_chunks or self._chunks)
 
     def add(self, sequence: Sequence, num_tokens: int) -> None:
-        if num_tokens > 1:
+        if num_tokens > 1 or sequence.scoring_depth is not None:
             self._chunks.append((sequence, num_tokens))
         elif sequence.num_computed_tokens + 1 == len(sequence.token_ids):
             self.decodes.append(sequence)

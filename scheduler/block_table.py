@@ -13,7 +13,7 @@ class BlockTable:
     and `copy_source` is one more.
     """
 
-    __slots__ = ("_block_size", "_pool", "block_ids", "capacity", "copy_source", "num_released")
+    __slots__ = ("_block_size", "_copy_index", "_pool", "block_ids", "capacity", "copy_source", "num_released")
 
     def __init__(self, pool: BlockPool, block_size: int) -> None:
         self._pool = pool
@@ -24,7 +24,9 @@ class BlockTable:
         self.num_released = 0
         """Leading entries that are 0."""
         self.copy_source: int | None = None
-        """Block to be copied into the last one before the next step writes; held until the copy is handed out."""
+        """Block to be copied into one of this table before the next step writes; held until the copy is handed out."""
+        self._copy_index = 0
+        """Index of the block that is copied into; meaningful while there is a `copy_source`."""
 
     def num_missing_blocks(self, num_tokens: int) -> int:
         """Blocks to allocate until `num_tokens` tokens fit."""
@@ -39,6 +41,14 @@ class BlockTable:
                 self.num_released += 1
         self._extend(block_ids)
 
+    def adopt_and_copy_last(self, block_ids: list[int]) -> None:
+        """Start with a prefix whose last block goes on in a copy: see `take_copy`. Takes one block from the pool."""
+        self.adopt(block_ids[:-1])
+        self.copy_source = block_ids[-1]
+        self._pool.share(self.copy_source)
+        self._copy_index = len(self.block_ids)
+        self.grow(1)
+
     def grow(self, num_blocks: int) -> list[int]:
         """Append newly allocated blocks; their ids."""
         block_ids = self._pool.allocate(num_blocks)
@@ -52,18 +62,18 @@ class BlockTable:
         """
         num_shared = num_tokens // self._block_size
         table = BlockTable(self._pool, self._block_size)
-        table.adopt(self.block_ids[:num_shared])
         if num_tokens % self._block_size:
-            table.copy_source = self.block_ids[num_shared]
-            self._pool.share(table.copy_source)
-        table.grow(1)
+            table.adopt_and_copy_last(self.block_ids[: num_shared + 1])
+        else:
+            table.adopt(self.block_ids[:num_shared])
+            table.grow(1)
         return table
 
     def take_copy(self) -> tuple[int, int] | None:
-        """(source, target) of the copy that a fork planned, once; the source is no longer held."""
+        """(source, target) of the copy that was planned, once; the source is no longer held."""
         if self.copy_source is None:
             return None
-        copy = (self.copy_source, self.block_ids[-1])
+        copy = (self.copy_source, self.block_ids[self._copy_index])
         self._pool.release((self.copy_source,))
         self.copy_source = None
         return copy

@@ -31,17 +31,18 @@ class BlockTableUpdate:
 
 @dataclass(slots=True)
 class ScheduledBatch:
-    """Who computes how many tokens in one step. Rows with one token come first; all fields set by `schedule()`.
+    """Who computes how many tokens in one step. Decodes come first; all fields set by `schedule()`.
 
     `sequences[i]` computes `num_scheduled_tokens[i]` of its tokens, from `num_computed_tokens` on. The sequences are
-    the scheduler's own: the engine reads `row`, `token_ids`, `num_computed_tokens` and `request` and writes nothing.
+    the scheduler's own: the engine reads `row`, `token_ids`, `num_computed_tokens`, `scoring_depth`, `block_table` and
+    `request` and writes nothing.
     """
 
     step_id: int
     sequences: list[Sequence]
     num_scheduled_tokens: list[int]
     num_decodes: int
-    """How many leading sequences compute exactly one token."""
+    """How many leading sequences compute exactly one token; of the others, only scored prompts may."""
     sampling: list[int]
     """Indices into `sequences` of those whose last known token is computed in this step: they sample."""
     block_copies: list[tuple[int, int]] = field(default_factory=list)

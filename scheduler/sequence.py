@@ -31,6 +31,7 @@ class Sequence:
         "request",
         "request_id",
         "row",
+        "scoring_depth",
         "status",
         "stop_token_ids",
         "token_ids",
@@ -68,6 +69,8 @@ class Sequence:
         """The prefix cache's root key and the keys of the leading full blocks, as far as they were needed."""
         self.leader: Sequence | None = None
         self.followers: list[Sequence] = []
+        self.scoring_depth = params.prompt_logprobs
+        """Entries at each prompt position that the request asks for, until it was told them; None: it does not ask."""
         self.max_num_tokens = max_num_tokens
         self.next_review = 0
         """Until so many tokens are computed, a new token needs no look at blocks, followers or length."""
