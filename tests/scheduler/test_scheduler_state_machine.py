@@ -48,13 +48,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         shared=st.integers(0, 12),
         own=st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=4),
         n=st.integers(1, 3),
-        max_tokens=st.one_of(st.none(), st.integers(1, 6)),
+        max_tokens=st.one_of(st.none(), st.integers(0, 6)),
+        depth=st.sampled_from([None, None, 0, 2]),
         stop=st.sampled_from([(), (1,)]),
         priority=st.integers(0, 1),
         salt=st.sampled_from(["", "salt"]),
     )
-    def submit(self, shared, own, n, max_tokens, stop, priority, salt) -> None:
-        params = SamplingParams(n=n, max_tokens=max_tokens, stop_token_ids=stop)
+    def submit(self, shared, own, n, max_tokens, depth, stop, priority, salt) -> None:
+        if max_tokens == 0 and depth is None:
+            depth = 1
+        params = SamplingParams(n=n, max_tokens=max_tokens, prompt_logprobs=depth, stop_token_ids=stop)
         self.world.submit(
             Request(
                 request_id=str(self.num_requests),
