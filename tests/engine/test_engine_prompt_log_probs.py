@@ -49,10 +49,10 @@ some_families = pytest.mark.parametrize("checkpoint", ["mistral", "gpt2", "tales
 each_dtype = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+@pytest.fixture
+def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
+    torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
 
@@ -119,9 +119,18 @@ def test_what_transformers_says(checkpoint: Path, budget: int) -> None:
             assert row[entry.top_token_ids].tolist() == pytest.approx(best, abs=TOLERANCE)
 
 
+@each_dtype
+@pytest.mark.usefixtures("two_threads")
+def test_the_same_bits_with_two_threads(dtype: str) -> None:
+    whole, cut = make_engine(MODEL_DIR, dtype), make_engine(MODEL_DIR, dtype, max_num_batched_tokens=5)
+    token_lists = prompts(whole.info.vocab_size)[:5]
+    expected = score(whole, token_lists)
+    assert score(cut, token_lists) == expected
+    assert score(cut, token_lists) == expected
+
+
 @some_families
 @each_dtype
-@pytest.mark.usefixtures("threads")
 def test_the_same_bits_for_any_chunks_cold_and_warm(checkpoint: Path, dtype: str) -> None:
     expected: list[Scored] = []
     for budget in (512, 1, 2, 3, 5, 7, 16):
@@ -153,7 +162,7 @@ def test_the_same_bits_alone_and_among_neighbours(checkpoint: Path, dtype: str) 
     assert all(output.prompt_log_probs is None for answers in outputs for output in answers[1:])
 
 
-@some_families
+@pytest.mark.parametrize("checkpoint", ["llama", "gpt2", "tales"], indirect=True)
 @pytest.mark.parametrize("prefix_caching", [True, False])
 def test_the_same_bits_after_preemption(checkpoint: Path, prefix_caching: bool) -> None:
     engine = make_engine(checkpoint)
