@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quire.config import ConfigError, EngineConfig, ExitCode
+from quire.engine.best_of import comes_late, engine_params
 from quire.engine.delta_queue import DeltaQueue, ReaderTooSlowError
 from quire.engine.messages import (
     Abort,
@@ -24,8 +25,9 @@ from quire.engine.messages import (
     StepResult,
     ToFront,
 )
-from quire.engine.output_processor import OutputProcessor, TextDelta
+from quire.engine.output_processor import OutputProcessor
 from quire.engine.process_handle import ENGINE_COMMAND, EngineProcess, EngineStartError, OnProgress
+from quire.engine.text_delta import TextDelta
 from quire.engine.tokenizer import TokenizerPool
 from quire.engine.wire import WireError
 from quire.sampling_params import InvalidParameterError, SamplingParams
@@ -53,6 +55,8 @@ class RequestRejected(Exception):
 class _OpenRequest:
     label: str
     queue: DeltaQueue
+    comes_late: bool
+    """Most of it comes at its end, so its reader is told when the engine begins."""
     started_at: float | None = None
 
 
@@ -135,7 +139,8 @@ class EngineClient:
         priority: int = 0,
         cache_salt: str = "",
     ) -> AsyncGenerator[list[TextDelta], None]:
-        """Submit a request; one list of deltas for each step that brought it something.
+        """Submit a request; one list of deltas for each step that brought it something. A beam search, and choices that
+        are ranked, begin with an empty list when the engine begins with them.
 
         The request ends when each of its choices has had a delta with a finish reason. Closing the generator, or
         cancelling the task that waits for it, aborts the request in the engine at once; callers that may leave early
@@ -157,7 +162,7 @@ class EngineClient:
         add = Add(
             request_id=internal_id,
             prompt_token_ids=prompt_token_ids,
-            params=params,
+            params=engine_params(params),
             seed=seed,
             priority=priority,
             cache_salt=cache_salt,
@@ -165,7 +170,7 @@ class EngineClient:
         if not self._open:
             self._last_progress = time.monotonic()
         queue = DeltaQueue()
-        self._open[internal_id] = _OpenRequest(request_id, queue)
+        self._open[internal_id] = _OpenRequest(request_id, queue, comes_late(params))
         self._processor.add(internal_id, prompt_token_ids, params)
         sent = False
         try:
@@ -200,10 +205,12 @@ class EngineClient:
         if not prompt_token_ids:
             raise RequestRejected("The prompt must have at least one token.", "empty_prompt", "prompt")
         limit, length = self.info.max_model_len, len(prompt_token_ids)
-        if length >= limit:
+        least = 0 if params.max_tokens == 0 else 1
+        if length + least > limit:
             raise RequestRejected(
-                f"This model's maximum context length is {limit} tokens. However, you requested at least {length + 1} "
-                f"tokens ({length} in the prompt, 1 in the completion). Please reduce the length of the prompt.",
+                f"This model's maximum context length is {limit} tokens. However, you requested at least "
+                f"{length + least} tokens ({length} in the prompt, {least} in the completion). Please reduce the "
+                "length of the prompt.",
                 "context_length_exceeded",
                 "prompt",
             )
@@ -257,6 +264,8 @@ class EngineClient:
                 for internal_id in started:
                     if (request := self._open.get(internal_id)) and request.started_at is None:
                         request.started_at = began
+                        if request.comes_late:
+                            request.queue.put([])
                 step = self._processor.process(outputs)
                 for internal_id, choice_index in step.aborts:
                     self._process.send(Abort(request_id=internal_id, choice_index=choice_index))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
 
-from quire.engine.output_processor import TextDelta
+from quire.engine.text_delta import TextDelta, merge
 
 MAX_PENDING_BYTES = 1024 * 1024
-"""Text and token ids that wait for a reader at most."""
+"""Text, token ids and log-probabilities that wait for a reader at most, beside what a single step brought."""
 _TOKEN_BYTES = 8
+_LOG_PROB_BYTES = 32
 _MERGE_LENGTH = 64
 
 
@@ -34,16 +34,19 @@ class DeltaQueue:
         self._changed = asyncio.Event()
 
     def put(self, deltas: list[TextDelta]) -> bool:
-        """Add one step's deltas; False: the bound is passed, and the request is to be given up."""
+        """Add one step's deltas; False: the bound is passed, and the request is to be given up.
+
+        One step may bring any amount, as the end of a beam search does, if nothing was left untaken before it.
+        """
+        was_empty = self._num_bytes == 0
         self._pending += deltas
         self._num_steps += 1
-        for delta in deltas:
-            self._num_bytes += len(delta.text.encode("utf-8")) + _TOKEN_BYTES * len(delta.token_ids)
+        self._num_bytes += sum(map(_num_bytes, deltas))
         if len(self._pending) >= self._merge_at:
             self._pending = merge(self._pending)
             self._merge_at = max(_MERGE_LENGTH, 2 * len(self._pending))
         self._changed.set()
-        return self._num_bytes <= MAX_PENDING_BYTES
+        return was_empty or self._num_bytes <= MAX_PENDING_BYTES
 
     def close(self) -> None:
         """No more will come; what is pending can still be taken."""
@@ -74,23 +77,9 @@ class DeltaQueue:
         return deltas
 
 
-def merge(deltas: Iterable[TextDelta]) -> list[TextDelta]:
-    """One delta for each choice, in the order in which the choices first appear; the inputs are left as they are."""
-    by_choice: dict[int, list[TextDelta]] = {}
-    for delta in deltas:
-        by_choice.setdefault(delta.choice_index, []).append(delta)
-    return [parts[0] if len(parts) == 1 else _join(parts) for parts in by_choice.values()]
-
-
-def _join(parts: list[TextDelta]) -> TextDelta:
-    last = parts[-1]
-    return TextDelta(
-        choice_index=last.choice_index,
-        text="".join(part.text for part in parts),
-        token_ids=[token_id for part in parts for token_id in part.token_ids],
-        finish_reason=last.finish_reason,
-        stop_reason=last.stop_reason,
-        num_cached_tokens=last.num_cached_tokens,
-        num_output_tokens=last.num_output_tokens,
-        started_at=last.started_at,
-    )
+def _num_bytes(delta: TextDelta) -> int:
+    """About what a delta takes. The prompt's log-probabilities come once and were bounded before: they do not count."""
+    num_bytes = len(delta.text.encode("utf-8")) + _TOKEN_BYTES * len(delta.token_ids)
+    if delta.log_probs:
+        num_bytes += _LOG_PROB_BYTES * len(delta.log_probs) * (1 + len(delta.log_probs[0].top_token_ids))
+    return num_bytes

@@ -72,6 +72,12 @@ class DetokenizerFactory:
         begins_text = self._strips_space and not any(table[token_id] for token_id in reversed(prompt_token_ids))
         return [ByteDetokenizer(table, strip_space=begins_text) for _ in range(count)]
 
+    def token_text(self, token_id: int) -> str | bytes:
+        """Of one token by itself, special or not; its bytes where those are no text."""
+        if self._tables is None:
+            return self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return self._tables[False][token_id]
+
 
 class ByteDetokenizer:
     """For tokens that stand for bytes. Invalid bytes become U+FFFD as in Python and in the WHATWG's UTF-8 decoder.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from quire.engine.memory import plan_memory
 from quire.engine.messages import EngineInfo
 from quire.engine.prompt_log_probs import PromptLogProbs
 from quire.engine.sampler import Sampler
+from quire.engine.stop_texts import StopTextsFactory
 from quire.engine.warm_up import warm_up
 from quire.models.config import ModelConfig
 from quire.models.loading import load_model
@@ -75,6 +77,7 @@ class Engine:
         self._inputs = InputBuilder(max_num_seqs, budget.max_model_len, config.block_size, device)
         self._sampler = Sampler(max_num_seqs)
         self._prompt_log_probs = PromptLogProbs(self._kv.log_probs, max_num_seqs, model_config.vocab_size)
+        self._stop_texts = StopTextsFactory(directory)
         self._scheduler = Scheduler(
             SchedulerConfig(
                 num_blocks=budget.num_blocks,
@@ -136,7 +139,8 @@ class Engine:
         """
         request.params.check_vocabulary(self.info.vocab_size)
         self._check_logprobs(request.params)
-        self._scheduler.add(request)
+        stop_texts = self._stop_texts.create(request.params)
+        self._scheduler.add(request if stop_texts is None else replace(request, stop_texts=stop_texts))
 
     def _check_logprobs(self, params: SamplingParams) -> None:
         limit = self.info.max_logprobs

@@ -11,9 +11,10 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from quire.config import EngineConfig
+from quire.engine.best_of import engine_params
 from quire.engine.engine import Engine
 from quire.engine.messages import EngineInfo
-from quire.engine.output_processor import OutputProcessor, TextDelta
+from quire.engine.output_processor import OutputProcessor
 from quire.engine.scoring import (
     ContinuationScore,
     PerplexityResult,
@@ -22,7 +23,8 @@ from quire.engine.scoring import (
     score_of_continuation,
     windows,
 )
-from quire.engine.tokenizer import Tokenizer
+from quire.engine.text_delta import TextDelta
+from quire.engine.tokenizer import Tokenizer, with_bad_word_ids
 from quire.models.hub import resolve_model
 from quire.sampling_params import InvalidParameterError, SamplingParams
 from quire.scheduler.output import SchedulerStats, TokenLogProbs
@@ -38,24 +40,33 @@ class CompletionOutput:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    cumulative_logprob: float | None = None
+    """Sum over the tokens, where log-probabilities were computed; of a beam, what the search ranked it by, without
+    length penalty."""
+    logprobs: list[TokenLogProbs] | None = None
+    """One for each of `token_ids`, if asked for."""
 
     def extend(self, delta: TextDelta) -> None:
         self.text += delta.text
         self.token_ids += delta.token_ids
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+        self.cumulative_logprob = delta.cumulative_log_prob
+        if delta.log_probs is not None:
+            self.logprobs = self.logprobs or []
+            self.logprobs += delta.log_probs
 
 
 @dataclass(slots=True)
 class RequestOutput:
-    """All choices of one prompt, in order of their index."""
+    """All choices of one prompt, in order of their index: of `best_of` and of a beam search the best first."""
 
     prompt: str | None
     """None if the prompt came as token ids."""
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     num_cached_tokens: int = 0
-    prompt_log_probs: list[TokenLogProbs] | None = None
-    """Of all prompt tokens but the first, if `prompt_logprobs` was asked for."""
+    prompt_logprobs: list[TokenLogProbs] | None = None
+    """One for each prompt token but the first, if asked for."""
 
 
 SCORING = SamplingParams(max_tokens=0, prompt_logprobs=1)
@@ -113,7 +124,7 @@ class LLM:
             AdmissionError: a prompt can never fit. Nothing was generated then.
         """
         each: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else [*prompts]
-        params = _one_for_each(sampling_params or SamplingParams(), len(each))
+        params = self._one_for_each(sampling_params or SamplingParams(), len(each))
         results = [self._new_result(prompt, p) for prompt, p in zip(each, params, strict=True)]
         self._run(results, params, OutputProcessor(self.tokenizer), "generating", show_progress)
         return results
@@ -167,9 +178,9 @@ class LLM:
         self._run(results, [SCORING] * len(results), OutputProcessor(self.tokenizer), "scoring", show_progress)
         scored = []
         for result in results:
-            if result.prompt_log_probs is None:
+            if result.prompt_logprobs is None:
                 raise RuntimeError("The model's logits are not finite.")
-            scored.append(result.prompt_log_probs)
+            scored.append(result.prompt_logprobs)
         return scored
 
     def _run(
@@ -207,6 +218,13 @@ class LLM:
             raise InvalidParameterError("prompt", f"Token ids must lie in the vocabulary: 0 to {vocab_size - 1}.")
         return RequestOutput(text, token_ids, [CompletionOutput(index) for index in range(params.n)])
 
+    def _one_for_each(self, params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
+        if isinstance(params, SamplingParams):
+            return [with_bad_word_ids(params, self.tokenizer)] * count
+        if len(params) != count:
+            raise ValueError(f"There are {count} prompts but {len(params)} sampling_params.")
+        return [with_bad_word_ids(p, self.tokenizer) for p in params]
+
     def _submit(
         self, results: list[RequestOutput], params: list[SamplingParams], processor: OutputProcessor
     ) -> dict[str, RequestOutput]:
@@ -220,7 +238,7 @@ class LLM:
                     Request(
                         request_id=request_id,
                         prompt_token_ids=result.prompt_token_ids,
-                        params=p,
+                        params=engine_params(p),
                         seed=self._seeds.getrandbits(64) if p.seed is None else p.seed,
                         eos_token_ids=tuple(self._engine.info.eos_token_ids),
                     )
@@ -233,17 +251,9 @@ class LLM:
         return by_id
 
 
-def _one_for_each(params: SamplingParams | Sequence[SamplingParams], count: int) -> list[SamplingParams]:
-    if isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise ValueError(f"There are {count} prompts but {len(params)} sampling_params.")
-    return list(params)
-
-
 def _collect(result: RequestOutput, deltas: list[TextDelta]) -> None:
     for delta in deltas:
         result.outputs[delta.choice_index].extend(delta)
         result.num_cached_tokens = max(result.num_cached_tokens, delta.num_cached_tokens)
         if delta.prompt_log_probs is not None:
-            result.prompt_log_probs = delta.prompt_log_probs
+            result.prompt_logprobs = delta.prompt_log_probs

@@ -5,38 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from quire.engine.best_of import BestOf, ranks_choices
 from quire.engine.detokenizer import DetokenizerFactory, IncrementalDetokenizer, StopMatcher, StopStrings
+from quire.engine.text_delta import TextDelta
 from quire.engine.tokenizer import Tokenizer
 from quire.sampling_params import SamplingParams
 from quire.scheduler.output import FinishReason, StepOutput, TokenLogProbs
-
-
-@dataclass(slots=True)
-class TextDelta:
-    """What one step brought to one choice, as text.
-
-    `text` lags behind `token_ids` while a character is incomplete or a stop string may have begun. The concatenation of
-    the texts is the choice's text; after a stop string it is what stands before it (or the string too, if included).
-    """
-
-    choice_index: int
-    text: str
-    token_ids: list[int]
-    """Up to and including the token that completed a stop string, and the end-of-sequence or stop token."""
-    finish_reason: str | None = None
-    stop_reason: str | int | None = None
-    """The stop string or stop token id that ended the choice; None for end-of-sequence, length and errors."""
-    num_cached_tokens: int = 0
-    num_output_tokens: int = 0
-    """Output tokens of this choice so far."""
-    log_probs: list[TokenLogProbs] | None = None
-    """One for each of `token_ids`, if the request asks for `logprobs`."""
-    prompt_log_probs: list[TokenLogProbs] | None = None
-    """Once for a request that asks for `prompt_logprobs`: of all prompt tokens but the first."""
-    cumulative_log_prob: float | None = None
-    """With the finish of a beam: its log-probability, without length penalty."""
-    started_at: float | None = None
-    """When the engine first scheduled the request, in seconds of time.monotonic(); None where nobody measured."""
 
 
 @dataclass(slots=True)
@@ -45,8 +19,9 @@ class ProcessedStep:
 
     deltas: dict[str, list[TextDelta]] = field(default_factory=dict)
     """By request id."""
-    aborts: list[tuple[str, int]] = field(default_factory=list)
-    """(request id, choice index) of choices that a stop string ended here and that the engine must abort."""
+    aborts: list[tuple[str, int | None]] = field(default_factory=list)
+    """(request id, choice index) of choices that a stop string ended here and that the engine must abort; None: of a
+    beam search, whose choices have all ended here before the search has."""
     finished: list[str] = field(default_factory=list)
     """Ids of requests whose choices have all ended; the processor has forgotten them."""
 
@@ -77,12 +52,15 @@ class OutputProcessor:
             if request is None or choice is None:
                 continue
             delta = choice.advance(output)
-            step.deltas.setdefault(output.request_id, []).append(delta)
-            if delta.finish_reason is None:
+            has_ended = delta.finish_reason is not None
+            if has_ended:
+                del request.choices[output.choice_index]
+            if deltas := request.release(delta):
+                step.deltas.setdefault(output.request_id, []).extend(deltas)
+            if not has_ended:
                 continue
-            del request.choices[output.choice_index]
-            if output.finish_reason is None:
-                step.aborts.append((output.request_id, output.choice_index))
+            if output.finish_reason is None and not (request.searches_beams and request.choices):
+                step.aborts.append((output.request_id, None if request.searches_beams else output.choice_index))
             if not request.choices:
                 del self._requests[output.request_id]
                 step.finished.append(output.request_id)
@@ -90,25 +68,58 @@ class OutputProcessor:
 
 
 class RequestState:
-    """The choices of one request that have not ended, by index."""
+    """The choices of one request that have not ended, by index, and what is kept back for now."""
 
-    __slots__ = ("choices",)
+    __slots__ = ("_best_of", "_kept", "_prompt_log_probs", "_waits_for_prompt", "choices", "searches_beams")
 
     def __init__(
         self, detokenizers: DetokenizerFactory, prompt_token_ids: Sequence[int], params: SamplingParams
     ) -> None:
         stop = StopStrings(params.stop, include_in_output=params.include_stop_str_in_output) if params.stop else None
-        created = detokenizers.create_many(prompt_token_ids, params.skip_special_tokens, params.n)
+        self.searches_beams = params.use_beam_search
+        count = params.n if params.use_beam_search else params.num_sequences
+        created = detokenizers.create_many(prompt_token_ids, params.skip_special_tokens, count)
         self.choices = {
             index: ChoiceState(index, params, detokenizer, None if stop is None else StopMatcher(stop))
             for index, detokenizer in enumerate(created)
         }
+        self._best_of = BestOf(params.n) if ranks_choices(params) else None
+        self._waits_for_prompt = params.prompt_logprobs is not None
+        self._prompt_log_probs: list[TokenLogProbs] | None = None
+        self._kept: list[TextDelta] = []
+
+    def release(self, delta: TextDelta) -> list[TextDelta]:
+        """What can be handed out, now that `delta` is there: nothing before the log-probabilities of the prompt, which
+        come with the first delta whichever choice brought them, and nothing before the choices are ranked."""
+        if delta.prompt_log_probs is not None:
+            self._prompt_log_probs, delta.prompt_log_probs = delta.prompt_log_probs, None
+            self._waits_for_prompt = False
+        if self._best_of is None:
+            self._kept.append(delta)
+        else:
+            self._best_of.add(delta)
+            if self.choices:
+                return []
+            self._kept = self._best_of.pick()
+        if self._waits_for_prompt and self.choices:
+            return []
+        deltas, self._kept = self._kept, []
+        deltas[0].prompt_log_probs, self._prompt_log_probs = self._prompt_log_probs, None
+        return deltas
 
 
 class ChoiceState:
     """Text state of one choice."""
 
-    __slots__ = ("_detokenizer", "_index", "_num_output_tokens", "_params", "_stop")
+    __slots__ = (
+        "_detokenizer",
+        "_index",
+        "_num_characters",
+        "_num_output_tokens",
+        "_params",
+        "_stop",
+        "_sum_of_log_probs",
+    )
 
     def __init__(
         self, index: int, params: SamplingParams, detokenizer: IncrementalDetokenizer, stop: StopMatcher | None
@@ -118,6 +129,8 @@ class ChoiceState:
         self._detokenizer = detokenizer
         self._stop = stop
         self._num_output_tokens = 0
+        self._num_characters = 0
+        self._sum_of_log_probs = 0.0
 
     def advance(self, output: StepOutput) -> TextDelta:
         """The text of one step. A stop string that the step's tokens complete overrules the engine's finish reason.
@@ -127,11 +140,16 @@ class ChoiceState:
         """
         delta = TextDelta(self._index, "", output.token_ids, num_cached_tokens=output.num_cached_tokens)
         delta.prompt_log_probs = output.prompt_log_probs
+        delta.error = output.error
         silent = -1
-        if output.finish_reason is FinishReason.STOP and not self._params.include_stop_str_in_output:
+        if output.finish_reason is FinishReason.STOP and not (
+            self._params.include_stop_str_in_output or output.stopped_by_text
+        ):
             silent = len(output.token_ids) - 1
+        offsets: list[int] = []
         for position, token_id in enumerate(output.token_ids):
             self._num_output_tokens += 1
+            offsets.append(self._num_characters)
             if position == silent:
                 continue
             self._show(self._detokenizer.push(token_id), delta)
@@ -142,9 +160,23 @@ class ChoiceState:
             if output.finish_reason is not None:
                 self._finish(output, delta)
         delta.num_output_tokens = self._num_output_tokens
+        if output.log_probs is not None:
+            self._add_log_probs(output, delta, offsets)
+        if delta.finish_reason is not None and output.cumulative_log_prob is not None:
+            delta.cumulative_log_prob = output.cumulative_log_prob
         return delta
 
+    def _add_log_probs(self, output: StepOutput, delta: TextDelta, offsets: list[int]) -> None:
+        """Those of the tokens that are left, to be shown only if the request asks for them."""
+        log_probs = (output.log_probs or [])[: len(delta.token_ids)]
+        self._sum_of_log_probs += sum(each.log_prob for each in log_probs)
+        if delta.finish_reason is not None:
+            delta.cumulative_log_prob = self._sum_of_log_probs
+        if self._params.logprobs is not None:
+            delta.log_probs, delta.text_offsets = log_probs, offsets
+
     def _show(self, text: str, delta: TextDelta) -> None:
+        self._num_characters += len(text)
         if self._stop is None or not text:
             delta.text += text
             return

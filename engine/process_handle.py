@@ -17,12 +17,12 @@ from quire.config import ExitCode
 from quire.engine.messages import EngineInfo, LoadProgress, Ready, StartFailed, ToFront
 from quire.engine.wire import FrameDecoder, WireError, pack
 
-_PACKAGE_ROOT = str(Path(quire.__file__).parent.parent)
+PACKAGE_ROOT = str(Path(quire.__file__).parent.parent)
 _MAIN = (
     "import sys; root = sys.argv.pop(1); root in sys.path or sys.path.insert(0, root); "
     "from quire.engine.process import main; sys.exit(main())"
 )
-ENGINE_COMMAND = (sys.executable, "-P", "-c", _MAIN, _PACKAGE_ROOT)
+ENGINE_COMMAND = (sys.executable, "-P", "-c", _MAIN, PACKAGE_ROOT)
 """What starts an engine process; `--fd N` is appended.
 
 As `python -m quire.engine.process`, but sure to be the package that runs here, and deaf to modules that happen to lie

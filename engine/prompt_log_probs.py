@@ -141,7 +141,7 @@ class PromptLogProbs:
     ) -> None:
         """Store what this step says of prompt tokens; `sampled` gets what is complete.
 
-        A prompt with logits that were not finite fails: its sampled token becomes None.
+        A prompt with logits that were not finite fails: it loses its sampled token, or candidates.
 
         Args:
             hidden: of the rows that `scored_chunks(batch)` counts, one chunk after the other.
@@ -172,6 +172,8 @@ class PromptLogProbs:
                 sampled.prompt_log_probs[index] = scores.told()
                 if not scores.finite:
                     sampled.token_ids[position] = None
+                    sampled.candidates.pop(position, None)
+                    sampled.failures.pop(position, None)
                 self._scores[scores.sequence.row] = None
 
     def _take(self, chunk: ScoredChunk, entries: LogProbEntries, finite: bool) -> None:

@@ -6,26 +6,15 @@ depends on how a sort breaks ties or on which options the neighbours use. Tokens
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from quire.engine.random_numbers import uniform
-from quire.scheduler.output import SampledTokens, ScheduledBatch
-from quire.scheduler.sequence import Sequence
-
-
-@dataclass(slots=True)
-class SamplingOptions:
-    """Options of R rows on the host; built by `SamplingRows.select`."""
-
-    temperature: npt.NDArray[np.float32]  # [R]
-    top_k: npt.NDArray[np.int64]  # [R], 0 is off
-    top_p: npt.NDArray[np.float32]  # [R]
-    min_p: npt.NDArray[np.float32]  # [R]
-    uniform: npt.NDArray[np.float64]  # [R], in (0, 1); read only where temperature > 0
+from quire.engine.log_probs import LogProbRows
+from quire.engine.penalties import Penalties
+from quire.engine.sampling_options import SampleRow, SamplingOptions, SamplingRows
+from quire.engine.token_masks import add_biases, ban_tokens, keep_allowed
+from quire.scheduler.output import Candidates, SampledTokens, ScheduledBatch, TokenLogProbs
 
 
 def scale(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
@@ -56,6 +45,20 @@ def top_p_threshold(logits: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
 def min_p_threshold(logits: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
     """Logit of a token with min_p times the best one's probability, [R, 1]. Nguyen et al., arXiv 2407.01082."""
     return logits.max(dim=-1, keepdim=True).values + min_p.log()[:, None]
+
+
+def typical_threshold(logits: torch.Tensor, typical_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far each token's surprise is from the entropy, [R, V], and the largest distance that is typical, [R, 1].
+
+    The fewest tokens, the most typical first, whose mass reaches typical_p. Meister et al., arXiv 2202.00666.
+    """
+    log_probs = logits.double().log_softmax(dim=-1)
+    entropy = -(log_probs.exp() * log_probs).nansum(dim=-1, keepdim=True)
+    distance = (-log_probs - entropy).abs()
+    ordered, order = distance.sort(dim=-1)
+    mass = log_probs.gather(1, order).exp().cumsum(dim=-1)
+    last = (mass < typical_p.double()[:, None]).sum(dim=-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
+    return distance, ordered.gather(1, last).masked_fill((typical_p >= 1.0)[:, None], torch.inf)
 
 
 def keep(logits: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
@@ -90,7 +93,7 @@ def sample(logits: torch.Tensor, options: SamplingOptions) -> tuple[torch.Tensor
 
 
 def sample_random(logits: torch.Tensor, options: SamplingOptions, rows: npt.NDArray[np.int64]) -> torch.Tensor:
-    """temperature, top_k, top_p, min_p, draw: for the rows whose temperature is above 0."""
+    """temperature, top_k, top_p, min_p, typical_p, draw: for the rows whose temperature is above 0."""
 
     def to_device(values: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(values[rows]).to(logits.device)
@@ -102,43 +105,10 @@ def sample_random(logits: torch.Tensor, options: SamplingOptions, rows: npt.NDAr
         logits = keep(logits, top_p_threshold(logits, to_device(options.top_p)))
     if (options.min_p[rows] > 0.0).any():
         logits = keep(logits, min_p_threshold(logits, to_device(options.min_p)))
+    if (options.typical_p[rows] < 1.0).any():
+        distance, threshold = typical_threshold(logits, to_device(options.typical_p))
+        logits = logits.masked_fill(distance > threshold, -torch.inf)
     return draw(logits, to_device(options.uniform))
-
-
-class SamplingRows:
-    """The sampling options of all running sequences, kept by row so that a step only gathers."""
-
-    def __init__(self, max_num_seqs: int) -> None:
-        self._sequences: list[Sequence | None] = [None] * max_num_seqs
-        self._temperature = np.zeros(max_num_seqs, np.float32)
-        self._top_k = np.zeros(max_num_seqs, np.int64)
-        self._top_p = np.ones(max_num_seqs, np.float32)
-        self._min_p = np.zeros(max_num_seqs, np.float32)
-        self._seed = np.zeros(max_num_seqs, np.uint64)
-        self._choice_index = np.zeros(max_num_seqs, np.uint64)
-
-    def select(self, sequences: list[Sequence]) -> SamplingOptions:
-        for sequence in sequences:
-            if self._sequences[sequence.row] is not sequence:
-                self._place(sequence)
-        rows = np.array([sequence.row for sequence in sequences], np.int64)
-        temperature = self._temperature[rows]
-        if temperature.any():
-            positions = np.array([len(sequence.token_ids) for sequence in sequences], np.uint64)
-            numbers = uniform(self._seed[rows], self._choice_index[rows], positions)
-        else:
-            numbers = np.zeros(len(rows))
-        return SamplingOptions(temperature, self._top_k[rows], self._top_p[rows], self._min_p[rows], numbers)
-
-    def _place(self, sequence: Sequence) -> None:
-        row, params = sequence.row, sequence.request.params
-        self._sequences[row] = sequence
-        self._temperature[row] = params.temperature
-        self._top_k[row] = max(params.top_k, 0)
-        self._top_p[row] = params.top_p
-        self._min_p[row] = params.min_p
-        self._seed[row] = sequence.request.seed % 2**64
-        self._choice_index[row] = sequence.choice_index
 
 
 class Sampler:
@@ -146,20 +116,88 @@ class Sampler:
 
     def __init__(self, max_num_seqs: int) -> None:
         self._rows = SamplingRows(max_num_seqs)
+        self._penalties = Penalties(max_num_seqs)
 
     def sample(self, logits: torch.Tensor, batch: ScheduledBatch) -> SampledTokens:
-        """logits: [R, V] float32, R = len(batch.sampling), overwritten by the masks."""
+        """logits: [R, V] float32, R = len(batch.sampling), overwritten by what adjusts them."""
         if not batch.sampling:
             return SampledTokens([])
-        sequences = [batch.sequences[index] for index in batch.sampling]
-        mask_early_stops(logits, sequences)
-        token_ids, finite = sample(logits, self._rows.select(sequences))
-        packed: list[int] = torch.where(finite, token_ids, -1).tolist()
-        return SampledTokens([token_id if token_id >= 0 else None for token_id in packed])
+        rows = self._rows.select([batch.sequences[index] for index in batch.sampling])
+        raw = raw_log_probs(logits, rows.scored + rows.beams)
+        finite = self._adjust(logits, rows.adjusted, rows.beams)
+        token_ids, still_finite = sample(logits, rows.options)
+        packed: list[int] = torch.where(finite & still_finite, token_ids, -1).tolist()
+        return SampledTokens(
+            [token_id if token_id >= 0 else None for token_id in packed],
+            log_probs_of_chosen(raw, rows.scored, packed),
+            candidates_of_beams(logits, raw, len(rows.scored), rows.beams, packed),
+        )
+
+    def _adjust(self, logits: torch.Tensor, rows: list[SampleRow], beams: list[SampleRow]) -> torch.Tensor:
+        """All that comes before the temperature, in place; which rows were finite before masks could hide it, [R]."""
+        if not rows:
+            return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        finite = logits.amax(dim=-1).isfinite()
+        if beams:
+            indices = _indices(beams, logits)
+            logits[indices] = logits[indices].log_softmax(dim=-1)
+        self._penalties.apply(logits, rows)
+        add_biases(logits, rows)
+        keep_allowed(logits, rows)
+        ban_tokens(logits, rows)
+        return finite
 
 
-def mask_early_stops(logits: torch.Tensor, sequences: list[Sequence]) -> None:
-    """Before `min_tokens` output tokens, what would end the sequence cannot be chosen. In place on [R, V]."""
-    for row, sequence in enumerate(sequences):
-        if sequence.num_output_tokens < sequence.request.params.min_tokens:
-            logits[row, list(sequence.stop_token_ids)] = -torch.inf
+def raw_log_probs(logits: torch.Tensor, rows: list[SampleRow]) -> LogProbRows | None:
+    """Of the rows that want `logprobs`, in their order; those of beams that do not are left empty."""
+    if not any(row.params.logprobs is not None for row in rows):
+        return None
+    return LogProbRows(logits[_indices(rows, logits)], [row.params.logprobs or 0 for row in rows])
+
+
+def log_probs_of_chosen(
+    raw: LogProbRows | None, rows: list[SampleRow], token_ids: list[int]
+) -> dict[int, TokenLogProbs]:
+    """By index of the logits row; rows that were not finite have none."""
+    if raw is None:
+        return {}
+    return {
+        row.index: raw.of(place, [token_ids[row.index]])[0]
+        for place, row in enumerate(rows)
+        if token_ids[row.index] >= 0
+    }
+
+
+def candidates_of_beams(
+    logits: torch.Tensor, raw: LogProbRows | None, first: int, rows: list[SampleRow], token_ids: list[int]
+) -> dict[int, Candidates]:
+    """The best continuations of each beam whose row was finite.
+
+    Args:
+        logits: [R, V], in the rows of beams adjusted log-probabilities.
+        first: place of the first beam among the rows of `raw`.
+    """
+    if not rows:
+        return {}
+    counts = [num_candidates(row, logits.shape[-1]) for row in rows]
+    best = logits[_indices(rows, logits)].topk(max(counts), dim=-1)
+    result = {}
+    for place, (row, count, values, ids) in enumerate(
+        zip(rows, counts, best.values.tolist(), best.indices.tolist(), strict=True)
+    ):
+        if token_ids[row.index] < 0:
+            continue
+        count -= values[:count].count(-float("inf"))
+        wants_raw = raw is not None and row.params.logprobs is not None
+        log_probs = raw.of(first + place, ids[:count]) if raw is not None and wants_raw else None
+        result[row.index] = Candidates(ids[:count], values[:count], log_probs)
+    return result
+
+
+def num_candidates(row: SampleRow, vocab_size: int) -> int:
+    """As in Hugging Face's beam search: twice the width, or more when several tokens can end a sequence."""
+    return min(row.params.num_sequences * max(2, 1 + len(row.sequence.stop_token_ids)), vocab_size)
+
+
+def _indices(rows: list[SampleRow], logits: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([row.index for row in rows], device=logits.device)

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from quire.config import ConfigError
-from quire.sampling_params import InvalidParameterError
+from quire.sampling_params import InvalidParameterError, SamplingParams
 
 INLINE_CHARS = 256
 """Texts up to this length are encoded on the event loop: below 100 us, less than a thread's round trip."""
@@ -67,6 +68,7 @@ class Tokenizer:
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
         self.bos_token, self.eos_token = names.get("bos_token"), names.get("eos_token")
+        self.pad_token = names.get("pad_token")
 
     @property
     def vocab_size(self) -> int:
@@ -130,6 +132,10 @@ class Tokenizer:
         token_id: int | None = self._backend.token_to_id(piece)
         return token_id
 
+    def to_json(self) -> str:
+        """tokenizer.json as it is used here: no truncation, no padding, special tokens marked."""
+        return str(self._backend.to_str())
+
     def _mark_special(self, tokens: list[str]) -> None:
         """What the configuration names as special is special, even where tokenizer.json does not say so."""
         known = {token.content for token in self._backend.get_added_tokens_decoder().values() if token.special}
@@ -140,6 +146,25 @@ class Tokenizer:
                 if token not in known and self.piece_to_id(token) is not None
             ]
         )
+
+
+def with_bad_word_ids(params: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
+    """`params` with `bad_word_token_ids` filled in: each of `bad_words` as it is and with a space before it.
+
+    vLLM leaves the second out where it takes another number of tokens, and so lets " word" through where "word" takes
+    two; here it counts whenever it differs. Words that hold a bad one as part of a longer token are not bad.
+
+    Raises:
+        InvalidParameterError: a word takes too many tokens, or none.
+    """
+    if not params.bad_words:
+        return params
+    token_ids: dict[tuple[int, ...], None] = {}
+    for word in params.bad_words:
+        bare = word.lstrip(" ") or word
+        for text in (bare, " " + bare):
+            token_ids[tuple(tokenizer.encode(text, add_special_tokens=False))] = None
+    return replace(params, bad_word_token_ids=tuple(token_ids))
 
 
 class TokenizerPool:
@@ -179,6 +204,13 @@ class TokenizerPool:
         return await loop.run_in_executor(
             self._executor, lambda: self._of_this_thread().decode(token_ids, skip_special_tokens)
         )
+
+    async def with_bad_word_ids(self, params: SamplingParams) -> SamplingParams:
+        """As the function `with_bad_word_ids`."""
+        if sum(map(len, params.bad_words)) <= INLINE_CHARS:
+            return with_bad_word_ids(params, self.tokenizer)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, lambda: with_bad_word_ids(params, self._of_this_thread()))
 
     def close(self) -> None:
         """Drop what is queued; threads end with the text they are at. May be called twice."""

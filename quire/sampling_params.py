@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from quire.grammar import Grammar
+
 MAX_N = 128
 MAX_BEAM_WIDTH = 16
 MAX_LOGPROBS = 20
@@ -85,6 +87,8 @@ class SamplingParams:
     bad_word_token_ids: tuple[tuple[int, ...], ...] = ()
     """What `bad_words` are as tokens, each with and without a space before it: the last token of one is never chosen
     where the others stand before it. `engine.tokenizer.with_bad_word_ids` fills it in."""
+    grammar: Grammar | None = None
+    """What the whole output must look like; it ends where the grammar does, also with `ignore_eos` or `min_tokens`."""
     logprobs: int | None = None
     """Log-probabilities of the chosen tokens, and of so many of the best at each position, of the raw distribution."""
     prompt_logprobs: int | None = None
@@ -161,6 +165,8 @@ class SamplingParams:
             _integer("max_tokens", self.max_tokens, 0, 2**31 - 1)
             if self.max_tokens == 0 and self.prompt_logprobs is None:
                 raise InvalidParameterError("max_tokens", "max_tokens must be at least 1, or 0 with prompt_logprobs.")
+            if self.max_tokens == 0 and self.use_beam_search:
+                raise InvalidParameterError("max_tokens", "max_tokens must be at least 1 with use_beam_search.")
         _integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidParameterError("min_tokens", "min_tokens must not be larger than max_tokens.")

@@ -28,10 +28,12 @@ def max_sequence_tokens(request: Request, config: SchedulerConfig) -> int:
         )
     _check_context(num_prompt_tokens, least_output_tokens, config)
     pool_limit = _pool_limit(config)
+    if request.params.use_beam_search:
+        pool_limit = _pool_limit_of_beams(num_prompt_tokens, request.params.num_sequences, config)
     if num_prompt_tokens >= pool_limit or num_prompt_tokens + least_output_tokens > pool_limit:
         raise AdmissionError(
-            f"The KV-cache of this server has room for {config.max_pool_tokens} tokens. However, you requested "
-            f"{num_prompt_tokens + least_output_tokens} tokens ({num_prompt_tokens} in the prompt, "
+            f"The KV-cache of this server has room for {pool_limit - 1} tokens{_each_of(request)}. However, you "
+            f"requested {num_prompt_tokens + least_output_tokens} tokens ({num_prompt_tokens} in the prompt, "
             f"{least_output_tokens} in the completion).",
             code="kv_cache_exceeded",
             param="prompt" if num_prompt_tokens >= pool_limit else "max_tokens",
@@ -39,6 +41,10 @@ def max_sequence_tokens(request: Request, config: SchedulerConfig) -> int:
     if num_output_tokens is None:
         return min(config.max_model_len, pool_limit)
     return num_prompt_tokens + num_output_tokens
+
+
+def _each_of(request: Request) -> str:
+    return f" in each of {request.params.num_sequences} beams" if request.params.use_beam_search else ""
 
 
 def _check_context(num_prompt_tokens: int, num_output_tokens: int, config: SchedulerConfig) -> None:
@@ -50,6 +56,13 @@ def _check_context(num_prompt_tokens: int, num_output_tokens: int, config: Sched
             code="context_length_exceeded",
             param="prompt" if num_prompt_tokens >= config.max_model_len else "max_tokens",
         )
+
+
+def _pool_limit_of_beams(num_prompt_tokens: int, width: int, config: SchedulerConfig) -> int:
+    """The same for `width` beams that share no more than the full blocks of their prompt."""
+    num_shared = num_prompt_tokens // config.block_size
+    num_own = max(config.num_usable_blocks - num_shared, 0) // width
+    return min((num_shared + num_own) * config.block_size + 1, config.max_pool_tokens + 1)
 
 
 def _pool_limit(config: SchedulerConfig) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from quire.scheduler.output import BlockTableUpdate, ScheduledBatch
 from quire.scheduler.sequence import Sequence
+from quire.scheduler.status import RUNNING
 
 
 class BatchBuilder:
@@ -37,6 +38,17 @@ class BatchBuilder:
             self.decodes.append(sequence)
         else:
             self._single_chunks.append(sequence)
+
+    def drop_preempted(self) -> None:
+        """Take out the beams whose group was preempted for want of a block for one of them."""
+        num_tokens = self._num_tokens()
+        self.decodes = [sequence for sequence in self.decodes if sequence.status is RUNNING]
+        self._single_chunks = [sequence for sequence in self._single_chunks if sequence.status is RUNNING]
+        self._chunks = [chunk for chunk in self._chunks if chunk[0].status is RUNNING]
+        self.budget += num_tokens - self._num_tokens()
+
+    def _num_tokens(self) -> int:
+        return len(self.decodes) + len(self._single_chunks) + sum(num_tokens for _, num_tokens in self._chunks)
 
     def build(
         self, step_id: int, block_copies: list[tuple[int, int]], block_table_updates: list[BlockTableUpdate]

@@ -56,7 +56,7 @@ class BlockManager:
             return NOTHING_CACHED
         if sequence.scoring_depth is not None:
             return self._find_scored_prefix(sequence, sequence.scoring_depth)
-        num_blocks = (len(sequence.token_ids) - 1) // self.block_size
+        num_blocks = sequence.num_hittable_tokens // self.block_size
         self.prefix_cache.extend_keys(sequence.block_keys, sequence.token_ids, num_blocks)
         block_ids = self.prefix_cache.find(sequence.block_keys, num_blocks)
         return CachedPrefix(block_ids, len(block_ids) * self.block_size)
@@ -109,9 +109,8 @@ class BlockManager:
         if table.num_released > start:
             self._updates.append(BlockTableUpdate(sequence.row, start, [0] * (table.num_released - start)))
 
-    def fork(self, leader: Sequence, follower: Sequence) -> None:
-        """Share the computed prompt but for its last token. Takes one free block."""
-        num_tokens = leader.num_prompt_tokens - 1
+    def fork(self, leader: Sequence, follower: Sequence, num_tokens: int) -> None:
+        """Share the first `num_tokens` tokens, which the leader has computed. Takes one free block."""
         follower.block_table = leader.block_table.fork(num_tokens)
         follower.num_computed_tokens = num_tokens
         follower.block_keys = leader.block_keys[: 1 + num_tokens // self.block_size]

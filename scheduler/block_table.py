@@ -13,7 +13,7 @@ class BlockTable:
     and `copy_source` is one more.
     """
 
-    __slots__ = ("_block_size", "_copy_index", "_pool", "block_ids", "capacity", "copy_source", "num_released")
+    __slots__ = ("_block_size", "_pool", "block_ids", "capacity", "copy_source", "copy_target", "num_released")
 
     def __init__(self, pool: BlockPool, block_size: int) -> None:
         self._pool = pool
@@ -24,9 +24,8 @@ class BlockTable:
         self.num_released = 0
         """Leading entries that are 0."""
         self.copy_source: int | None = None
-        """Block to be copied into one of this table before the next step writes; held until the copy is handed out."""
-        self._copy_index = 0
-        """Index of the block that is copied into; meaningful while there is a `copy_source`."""
+        """Block to be copied into `copy_target` before the next step writes; held until the copy is handed out."""
+        self.copy_target = 0
 
     def num_missing_blocks(self, num_tokens: int) -> int:
         """Blocks to allocate until `num_tokens` tokens fit."""
@@ -46,8 +45,7 @@ class BlockTable:
         self.adopt(block_ids[:-1])
         self.copy_source = block_ids[-1]
         self._pool.share(self.copy_source)
-        self._copy_index = len(self.block_ids)
-        self.grow(1)
+        (self.copy_target,) = self.grow(1)
 
     def grow(self, num_blocks: int) -> list[int]:
         """Append newly allocated blocks; their ids."""
@@ -73,7 +71,7 @@ class BlockTable:
         """(source, target) of the copy that was planned, once; the source is no longer held."""
         if self.copy_source is None:
             return None
-        copy = (self.copy_source, self.block_ids[self._copy_index])
+        copy = (self.copy_source, self.copy_target)
         self._pool.release((self.copy_source,))
         self.copy_source = None
         return copy

@@ -21,7 +21,8 @@ I18  Running and waiting are in order, and nobody overtakes the head of the queu
 I19  A victim is never the oldest, and with it, or with its group, a block comes free at once.
 I20  When nothing is live, nothing is held.
 I21  Eviction takes the least recently used free block.
-I23  At least the last known token is left to be computed, so there are logits to sample from.
+I23  At least the last known token is left to be computed, so there are logits to sample from; a beam that has its
+     candidates waits for the others of its group.
 I24  Only full blocks are cached; equal keys mean equal prefixes.
 I25  Caching, chunking and preemption never change a token.
 I26  What a failed step wrote is never found.
@@ -152,7 +153,8 @@ def _check_table(scheduler: Scheduler, sequence: Sequence) -> None:
     num_tokens, num_blocks = len(sequence.token_ids), len(table.block_ids)
     if not 0 <= computed <= num_tokens:
         raise InvariantError("I9", f"computed is out of range: {sequence}")
-    if computed == num_tokens:
+    waits_for_its_group = sequence.beam is not None and sequence.beam.candidates is not None
+    if computed == num_tokens and not waits_for_its_group:
         raise InvariantError("I23", f"nothing is left to compute: {sequence}")
     if table.capacity != num_blocks * block_size or not computed <= table.capacity < num_tokens + block_size:
         raise InvariantError("I8", f"too few or too many blocks for {table.capacity} tokens: {sequence}")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from quire.scheduler.sequence import Sequence
 
 
 MIN_LOG_PROB = -9999.0
+
+
+ErrorCode = Literal["numerical_error", "no_token_allowed", "grammar_too_complex"]
 
 
 class FinishReason(StrEnum):
@@ -72,14 +75,14 @@ class TokenLogProbs:
 
 
 @dataclass(slots=True)
-class Candidate:
-    """One continuation of a beam."""
+class Candidates:
+    """The best continuations of one beam, the best first; those that masks exclude are not among them."""
 
-    token_id: int
-    log_prob: float
-    """Of this token alone, after penalties, bias and masks; what a beam's score sums up."""
-    log_probs: TokenLogProbs | None = None
-    """Set if the request asks for `logprobs`."""
+    token_ids: list[int]
+    log_probs: list[float]
+    """Of each token alone, after penalties, bias and masks: what a beam's score sums up."""
+    raw: list[TokenLogProbs] | None = None
+    """Of each token, if the request asks for `logprobs`."""
 
 
 @dataclass(slots=True)
@@ -91,8 +94,10 @@ class SampledTokens:
     of a sequence without output, any token id."""
     log_probs: dict[int, TokenLogProbs] = field(default_factory=dict)
     """By index into `token_ids`: of the rows whose request asks for `logprobs`; beams have theirs in `candidates`."""
-    candidates: dict[int, list[Candidate]] = field(default_factory=dict)
-    """By index into `token_ids`: the best continuations of each beam, the best first."""
+    candidates: dict[int, Candidates] = field(default_factory=dict)
+    """By index into `token_ids`: of each beam whose logits were finite."""
+    failures: dict[int, ErrorCode] = field(default_factory=dict)
+    """By index into `token_ids`: why there is none, if it is not that the logits were not finite."""
     prompt_log_probs: dict[int, list[TokenLogProbs]] = field(default_factory=dict)
     """By index into `ScheduledBatch.sequences`: of a prompt that was computed to its end, all tokens but the first."""
 
@@ -113,6 +118,10 @@ class StepOutput:
     """One for each of `token_ids`, if the request asks for `logprobs`."""
     prompt_log_probs: list[TokenLogProbs] | None = None
     """Once for a request that asks for `prompt_logprobs`: of all prompt tokens but the first."""
+    stopped_by_text: bool = False
+    """A stop string ended this beam: its last token is part of the text, where others that stop are not."""
+    error: ErrorCode | None = None
+    """With FinishReason.ERROR: the code of the API's answer."""
     cumulative_log_prob: float | None = None
     """With the finish of a beam: its log-probability, without length penalty."""
 

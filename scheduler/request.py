@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from quire.sampling_params import SamplingParams
+
+
+class StopTexts(Protocol):
+    """The stop strings of a beam search, seen from where there is no text."""
+
+    def ended(self, output_token_ids: list[int]) -> bool:
+        """Whether the last of these tokens completes a stop string in their text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +29,8 @@ class Request:
     """Lower runs first under the "priority" policy."""
     cache_salt: str = ""
     """Requests share prefix-cache blocks only with requests of the same salt."""
+    stop_texts: StopTexts | None = None
+    """Set for a beam search with stop strings, whose beams end in the scheduler; others end where their text is."""
 
 
 class AdmissionError(ValueError):

@@ -14,8 +14,11 @@ from quire.config import SchedulerConfig
 from quire.scheduler import invariants
 from quire.scheduler.admission import max_sequence_tokens
 from quire.scheduler.batch_builder import BatchBuilder
+from quire.scheduler.beam import BeamGroup
+from quire.scheduler.beam_search import BeamSearch
 from quire.scheduler.block_manager import BlockManager, CachedPrefix
 from quire.scheduler.output import (
+    ErrorCode,
     FinishReason,
     SampledTokens,
     ScheduledBatch,
@@ -49,6 +52,7 @@ class Scheduler:
         self.free_rows = list(reversed(range(config.max_num_seqs)))
         self.batch: ScheduledBatch | None = None
         """What schedule() handed out and update() has not answered yet."""
+        self.beams = BeamSearch(self)
         self._num_arrivals = 0
         self._num_live = 0
         self._counters = SchedulerStats()
@@ -78,10 +82,20 @@ class Scheduler:
         self._num_arrivals += 1
         self._num_live += len(sequences)
         self.live[request.request_id] = sequences
+        if request.params.use_beam_search:
+            BeamGroup(request, sequences)
         self._enqueue_group(sequences)
 
     def abort(self, request_id: str, choice_index: int | None = None) -> None:
-        """End a request, or one choice of it, without output. What is not live is ignored."""
+        """End a request, or one choice of it, without output. What is not live is ignored.
+
+        Beams are no choices before they have ended: a beam search ends when all its choices are aborted.
+        """
+        group = self._beam_group(request_id)
+        if group is not None:
+            if choice_index is None or group.renounce(choice_index):
+                self.beams.end(group)
+            return
         for sequence in self.live.get(request_id, [])[::-1]:  # followers first: they need no new leader
             if choice_index is None or sequence.choice_index == choice_index:
                 self._abort_sequence(sequence)
@@ -98,6 +112,8 @@ class Scheduler:
         self._schedule_running(builder)
         if self._counters.num_preemptions == num_preemptions:
             self._schedule_waiting(builder)
+        else:
+            builder.drop_preempted()
         if builder.empty:
             return None
         self.batch = builder.build(self._counters.num_steps, *self.blocks.take_changes())
@@ -121,9 +137,9 @@ class Scheduler:
                 if start < sequence.block_table.capacity or self._make_room(sequence, start + 1):
                     decodes.append(sequence)
                     budget -= 1
-            else:
+            else:  # more, or nothing: a beam that waits for the others of its group
                 num_tokens = self._limit_chunk(start, num_tokens, budget)
-                if self._make_room(sequence, start + num_tokens):
+                if num_tokens and self._make_room(sequence, start + num_tokens):
                     builder.add(sequence, num_tokens)
                     budget -= num_tokens
         builder.budget = budget
@@ -162,6 +178,7 @@ class Scheduler:
         """
         num_tokens = len(sequence.token_ids) if self.config.sliding_window is None else end
         num_blocks = self.blocks.num_blocks_to_start(prefix, num_tokens)
+        num_blocks += self.beams.num_blocks_to_fork(sequence)
         if self.running:
             num_blocks += self.config.max_num_seqs - len(self.free_rows) + len(sequence.followers)
         return num_blocks <= self.blocks.pool.num_free_blocks
@@ -185,17 +202,27 @@ class Scheduler:
             self.blocks.release_out_of_window(sequence)
         num_missing, pool = sequence.block_table.num_missing_blocks(num_tokens), self.blocks.pool
         while num_missing > pool.num_free_blocks:
-            victims = choose_victims(self.running, sequence, pool.ref_counts, self.max_preemptions)
+            victims = self.choose_victims(sequence)
             for victim in victims:
-                self._preempt(victim)
+                self.preempt(victim)
             if not victims or sequence in victims:
                 return False
         if num_missing:
             self.blocks.grow(sequence, num_missing)
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def choose_victims(self, requester: Sequence) -> list[Sequence]:
+        """Who is to give way for `requester`: see scheduler.preemption."""
+        return choose_victims(self.running, requester, self.blocks.pool.ref_counts, self.max_preemptions)
+
+    def preempt(self, sequence: Sequence) -> None:
         """Back to the queue, followers and all, to be computed again; whatever is still cached then is found."""
+        if sequence.status is not RUNNING:  # a beam whose group has gone already
+            return
+        self._counters.num_preemptions += 1
+        if sequence.beam is not None:
+            self.beams.preempt(sequence.beam.group)
+            return
         self.running.remove(sequence)
         self.free_rows += [member.row for member in (sequence, *sequence.followers)]
         sequence.block_table.release()
@@ -203,7 +230,6 @@ class Scheduler:
         sequence.num_preemptions += 1
         sequence.status = WAITING
         self.waiting.push(sequence)
-        self._counters.num_preemptions += 1
 
     def update(self, batch: ScheduledBatch, sampled: SampledTokens) -> list[StepOutput]:
         """Take in what a step computed; what was aborted since schedule() is passed over.
@@ -218,12 +244,17 @@ class Scheduler:
         outputs: list[StepOutput] = []
         any_ended = False
         sequences = batch.sequences
-        for index, token_id in zip(batch.sampling, sampled.token_ids, strict=True):
+        for row, (index, token_id) in enumerate(zip(batch.sampling, sampled.token_ids, strict=True)):
             sequence = sequences[index]
             if sequence.status is not RUNNING:
                 continue
+            if sequence.beam is not None:
+                self.beams.take(sequence, sampled.candidates.get(row), sampled.failures.get(row))
+                if sequence.scoring_depth is not None and row in sampled.candidates:
+                    outputs.append(self.beams.prompt_output(sequence, sampled.prompt_log_probs.get(index)))
+                continue
             if token_id is None:
-                outputs.append(self._fail(sequence))
+                outputs.append(self._fail(sequence, sampled.failures.get(row, "numerical_error")))
                 any_ended = True
                 continue
             token_ids = sequence.token_ids
@@ -234,23 +265,25 @@ class Scheduler:
             if end >= sequence.next_review or token_id in sequence.stop_token_ids:
                 finish_reason, stop_reason = self._review(sequence, end)
             sequence.num_computed_tokens = end
-            outputs.append(
-                StepOutput(
-                    sequence.request_id,
-                    sequence.choice_index,
-                    new_token_ids,
-                    finish_reason,
-                    stop_reason,
-                    sequence.num_cached_tokens,
-                )
+            output = StepOutput(
+                sequence.request_id,
+                sequence.choice_index,
+                new_token_ids,
+                finish_reason,
+                stop_reason,
+                sequence.num_cached_tokens,
             )
+            if row in sampled.log_probs:
+                output.log_probs = [sampled.log_probs[row]][: len(new_token_ids)]
             if sequence.scoring_depth is not None:
-                outputs[-1].prompt_log_probs = self._end_scoring(sequence, sampled.prompt_log_probs.get(index))
+                output.prompt_log_probs = self.end_scoring(sequence, sampled.prompt_log_probs.get(index))
+            outputs.append(output)
             if finish_reason is not None:
                 self._end_running(sequence)
                 any_ended = True
         if any_ended:
             self.running = [sequence for sequence in self.running if sequence.status is RUNNING]
+        outputs += self.beams.advance()
         self.blocks.pool.check_count()
         return outputs
 
@@ -263,7 +296,7 @@ class Scheduler:
         sequence.next_review = min((end // block_size + 1) * block_size, sequence.max_num_tokens - 1)
         return sequence.finish_reason()
 
-    def _end_scoring(
+    def end_scoring(
         self, sequence: Sequence, prompt_log_probs: list[TokenLogProbs] | None
     ) -> list[TokenLogProbs] | None:
         """The prompt is computed: the request is told of it once, whichever of its choices came first."""
@@ -271,9 +304,10 @@ class Scheduler:
             choice.scoring_depth = None
         return prompt_log_probs
 
-    def _fail(self, sequence: Sequence) -> StepOutput:
-        """The sequence's logits were not finite: what it has read or written is not to be found by others."""
-        self.blocks.distrust(sequence)
+    def _fail(self, sequence: Sequence, error: ErrorCode) -> StepOutput:
+        """There is no token. If logits were not finite, what it has read or written is not to be found by others."""
+        if error == "numerical_error":
+            self.blocks.distrust(sequence)
         self._end_running(sequence)
         return StepOutput(
             sequence.request_id,
@@ -281,6 +315,7 @@ class Scheduler:
             [],
             FinishReason.ERROR,
             num_cached_tokens=sequence.num_cached_tokens,
+            error=error,
         )
 
     def _advance_chunks(self, batch: ScheduledBatch) -> None:
@@ -291,6 +326,8 @@ class Scheduler:
                 start = sequence.num_computed_tokens
                 sequence.num_computed_tokens = start + num_tokens
                 self.blocks.cache_full_blocks(sequence, start, start + num_tokens)
+                if sequence.beam is not None:
+                    self.beams.take_chunk(sequence.beam.group)
 
     def _fork_followers(self, leader: Sequence) -> None:
         """The leader has computed the prompt: the others go on from there, as long as there are blocks for them."""
@@ -299,7 +336,7 @@ class Scheduler:
             follower.leader = None
             follower.num_cached_tokens = leader.num_cached_tokens
             follower.run()
-            self.blocks.fork(leader, follower)
+            self.blocks.fork(leader, follower, leader.num_prompt_tokens - 1)
             insort(self.running, follower, key=BY_ORDER)
         self._orphan_followers(leader)
 
@@ -325,11 +362,11 @@ class Scheduler:
             leader.followers.remove(sequence)
             if leader.status is RUNNING:
                 self.free_rows.append(sequence.row)
-            self._forget(sequence)
+            self.forget(sequence)
         elif sequence.status is WAITING:
             self.waiting.remove(sequence)
             self._orphan_followers(sequence)
-            self._forget(sequence)
+            self.forget(sequence)
         else:
             self.running.remove(sequence)
             self._end_running(sequence)
@@ -339,9 +376,14 @@ class Scheduler:
         self._orphan_followers(sequence)
         self.free_rows.append(sequence.row)
         sequence.block_table.release()
-        self._forget(sequence)
+        self.forget(sequence)
 
-    def _forget(self, sequence: Sequence) -> None:
+    def _beam_group(self, request_id: str) -> BeamGroup | None:
+        choices = self.live.get(request_id)
+        return None if not choices or choices[0].beam is None else choices[0].beam.group
+
+    def forget(self, sequence: Sequence) -> None:
+        """It has ended, and holds nothing."""
         sequence.status = FINISHED
         choices = self.live[sequence.request_id]
         choices.remove(sequence)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from quire.scheduler.block_table import BlockTable
 from quire.scheduler.output import FinishReason
 from quire.scheduler.request import Request
 from quire.scheduler.status import RUNNING, WAITING
+
+if TYPE_CHECKING:
+    from quire.scheduler.beam import Beam
 
 
 class Sequence:
@@ -16,6 +21,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "beam",
         "block_keys",
         "block_table",
         "choice_index",
@@ -67,6 +73,8 @@ class Sequence:
         self.block_table = block_table
         self.block_keys = block_keys
         """The prefix cache's root key and the keys of the leading full blocks, as far as they were needed."""
+        self.beam: Beam | None = None
+        """Set if this is a seat of a beam search."""
         self.leader: Sequence | None = None
         self.followers: list[Sequence] = []
         self.scoring_depth = params.prompt_logprobs
@@ -88,6 +96,13 @@ class Sequence:
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
 
+    @property
+    def num_hittable_tokens(self) -> int:
+        """Tokens that a prefix hit may cover: not those that its followers are to fork before, never the last."""
+        if self.beam is not None and self.beam.group.fork_length:
+            return self.beam.group.fork_length
+        return len(self.token_ids) - 1
+
     def run(self) -> None:
         """Now it has a row and blocks; from here on it appends to its own copy of the tokens."""
         self.status = RUNNING
@@ -97,10 +112,13 @@ class Sequence:
 
     def finish_reason(self) -> tuple[FinishReason | None, int | None]:
         """Whether the last token ends the sequence, and which stop token id it was (None for end-of-sequence)."""
-        token_id = self.token_ids[-1]
-        if token_id in self.stop_token_ids and self.num_output_tokens > self.request.params.min_tokens:
+        return self.end_at(len(self.token_ids), self.token_ids[-1])
+
+    def end_at(self, num_tokens: int, token_id: int) -> tuple[FinishReason | None, int | None]:
+        """The same, if `token_id` were the last of `num_tokens` tokens, prompt and output."""
+        if token_id in self.stop_token_ids and num_tokens - self.num_prompt_tokens > self.request.params.min_tokens:
             is_eos = not self.request.params.ignore_eos and token_id in self.request.eos_token_ids
             return FinishReason.STOP, None if is_eos else token_id
-        if len(self.token_ids) >= self.max_num_tokens:
+        if num_tokens >= self.max_num_tokens:
             return FinishReason.LENGTH, None
         return None, None

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from quire import __version__
+from quire.engine.detokenizer import DetokenizerFactory
 from quire.server import completions, health, metrics, models, tokenization
 from quire.server.admission import Admission
 from quire.server.auth import Authenticator
@@ -21,6 +22,7 @@ from quire.server.context import ServerContext
 from quire.server.errors import ApiError
 from quire.server.guard import Guard
 from quire.server.lifecycle import Lifecycle
+from quire.server.log_probs import TokenStrings
 from quire.server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ def create_app(client: EngineClient, settings: ServerSettings) -> Guard:
         max_queued_requests=limits.max_queued_requests or 4 * info.max_num_seqs,
         max_queued_tokens=limits.max_queued_tokens or 16 * info.max_num_batched_tokens,
     )
+    # The event loop's tokenizer, as for all that is detokenized; the tables of the engine client are its own affair.
+    detokenizers = DetokenizerFactory(client.tokenizer.tokenizer)
     context = ServerContext(
         client=client,
         settings=settings,
@@ -46,6 +50,8 @@ def create_app(client: EngineClient, settings: ServerSettings) -> Guard:
         lifecycle=Lifecycle(),
         metrics=metrics.Metrics(client, admission, settings.model_name),
         off_loop=OffLoop(limits.off_loop_bytes),
+        detokenizers=detokenizers,
+        token_strings=TokenStrings(detokenizers),
         created=int(time.time()),
     )
 

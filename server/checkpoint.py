@@ -14,8 +14,9 @@ from quire.tales import MODEL_DIR
 
 BUNDLED_MODEL_NAME: Final = "tales"
 _MAX_FILE_BYTES: Final = 2**20
-_NOT_HONOURED: Final = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 1.0, "num_beams": 1}
-"""Recommendations that change the text and are not supported, with their neutral values."""
+_NOT_HONOURED: Final = {"no_repeat_ngram_size": 0, "num_beams": 1}
+"""Recommendations that change the text and are not applied, with their neutral values."""
+_ABOVE_ZERO: Final = ("top_p", "typical_p", "repetition_penalty")
 
 
 def find_model(model: str | None) -> Path:
@@ -53,9 +54,11 @@ def read_generation_defaults(directory: Path) -> tuple[GenerationDefaults, list[
         top_k=int(_number(content, "top_k", 0, -1, 2**31 - 1)),
         top_p=_number(content, "top_p", 1.0, 0.0, 1.0),
         min_p=_number(content, "min_p", 0.0, 0.0, 1.0),
+        typical_p=_number(content, "typical_p", 1.0, 0.0, 1.0),
+        repetition_penalty=_number(content, "repetition_penalty", 1.0, 0.0, 100.0),
     )
     warnings = [
-        f"generation_config.json recommends {name}={value!r}, which is not supported yet and not applied."
+        f"generation_config.json recommends {name}={value!r}, which is not applied."
         for name, neutral in _NOT_HONOURED.items()
         if isinstance(value := content.get(name), (int, float)) and value != neutral
     ]
@@ -68,6 +71,6 @@ def _number(content: dict[str, object], name: str, default: float, low: float, h
         return default
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ConfigError(f"generation_config.json of the model: {name} must be a number.")
-    if not low <= value <= high or (name == "top_p" and value == 0):
+    if not low <= value <= high or (name in _ABOVE_ZERO and value == 0):
         raise ConfigError(f"generation_config.json of the model: {name} must be from {low:g} to {high:g}.")
     return float(value)

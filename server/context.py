@@ -15,6 +15,8 @@ from quire.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from quire.engine.client import EngineClient
+    from quire.engine.detokenizer import DetokenizerFactory
+    from quire.server.log_probs import TokenStrings
     from quire.server.metrics import Metrics
 
 
@@ -27,6 +29,8 @@ class ServerContext:
     lifecycle: Lifecycle
     metrics: Metrics
     off_loop: OffLoop
+    detokenizers: DetokenizerFactory
+    token_strings: TokenStrings
     created: int
     """Unix time at which the model became available."""
 

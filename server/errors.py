@@ -64,6 +64,12 @@ CATALOGUE: Final[Mapping[str, CatalogueEntry]] = {
     "draining": CatalogueEntry(503, "The server is shutting down and takes no new requests.", 5.0),
     "server_shutdown": CatalogueEntry(503, "The server was shut down before the request was finished.", 5.0),
     "engine_unavailable": CatalogueEntry(503, "The engine is not running.", 5.0),
+    "no_token_allowed": CatalogueEntry(400, "The constraints of this request leave no token that may come next."),
+    "grammar_too_complex": CatalogueEntry(400, "The grammar is too complex."),
+    "invalid_grammar": CatalogueEntry(400, "{reason}"),
+    "grammar_too_large": CatalogueEntry(400, "{reason}"),
+    "grammar_timeout": CatalogueEntry(400, "The grammar took too long to compile."),
+    "structured_output_unavailable": CatalogueEntry(503, "Structured output is not available at the moment.", 5.0),
     "numerical_error": CatalogueEntry(500, "The model computed a value that is not a number for this request."),
     "internal_error": CatalogueEntry(500, "An internal error occurred. It has been logged."),
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from quire.config import ConfigError, EngineConfig, ExitCode
+from quire.sampling_params import MAX_LOGPROBS
 from quire.server.auth import key_digest, read_key_file
 from quire.server.settings import GenerationDefaults, Limits, ServerSettings
 
@@ -86,6 +87,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="longest prompt and output together: 4096, 4K, 32k or auto (default: auto, what the model has)",
     )
     model.add_argument("--seed", type=int, default=0, help="seed of requests that bring none (default: %(default)s)")
+    model.add_argument(
+        "--max-logprobs",
+        type=int,
+        default=MAX_LOGPROBS,
+        metavar="N",
+        help="most log-probabilities at each position that a request may ask for, 0 to 20 (default: %(default)s)",
+    )
     model.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of the engine (default: all cores)")
 
     memory = parser.add_argument_group("KV-cache")
@@ -215,6 +223,7 @@ def engine_config(flags: argparse.Namespace, model_dir: Path) -> EngineConfig:
         enable_chunked_prefill=flags.enable_chunked_prefill,
         scheduling_policy=flags.scheduling_policy,
         num_threads=flags.num_threads,
+        max_logprobs=flags.max_logprobs,
     )
 
 
@@ -239,6 +248,7 @@ def server_settings(flags: argparse.Namespace, name: str, defaults: GenerationDe
         shutdown_timeout=flags.shutdown_timeout,
         drain_grace=flags.drain_grace,
         log_requests=flags.enable_log_requests,
+        max_logprobs=flags.max_logprobs,
         limits=Limits(
             max_body_bytes=flags.max_body_bytes,
             max_connections=flags.max_connections,

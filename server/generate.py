@@ -11,7 +11,7 @@ from rich.console import Console
 
 from quire.config import ConfigError, EngineConfig, ExitCode
 from quire.engine.client import EngineClient, EngineDeadError, EngineStartError, RequestRejected
-from quire.sampling_params import SamplingParams
+from quire.sampling_params import InvalidParameterError, SamplingParams
 from quire.server.loading import LoadingDisplay
 
 
@@ -30,7 +30,7 @@ async def generate(config: EngineConfig, prompt: str, params: SamplingParams, co
     except asyncio.CancelledError:
         print()
         return ExitCode.CLEAN
-    except RequestRejected as error:
+    except (RequestRejected, InvalidParameterError) as error:
         raise ConfigError(str(error)) from None
     except EngineDeadError:
         raise EngineStartError("The engine ended while it generated.", ExitCode.ENGINE_LOST) from None
@@ -41,6 +41,7 @@ async def _generate(config: EngineConfig, prompt: str, params: SamplingParams, c
         client = await EngineClient.start(config, Path(config.model), display.update)
     try:
         token_ids = await client.tokenizer.encode(prompt)
+        params = await client.tokenizer.with_bad_word_ids(params)
         print(prompt, end="", flush=True)
         async with aclosing(client.generate("generate", token_ids, params)) as steps:
             async for step in steps:

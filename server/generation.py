@@ -15,7 +15,7 @@ from quire.server.prompts import PromptJob
 
 if TYPE_CHECKING:
     from quire.engine.client import EngineClient
-    from quire.engine.output_processor import TextDelta
+    from quire.engine.text_delta import TextDelta
 
 
 class ClientTooSlowError(Exception):
@@ -28,7 +28,9 @@ DeltaBatch = list[tuple[PromptJob, "TextDelta"]]
 async def generate(
     client: EngineClient, jobs: list[PromptJob], *, priority: int, cache_salt: str
 ) -> AsyncGenerator[DeltaBatch, None]:
-    """Yield what each engine step brought. Closing or cancelling it aborts every job in the engine.
+    """Yield what each engine step brought; an empty batch says that the engine has begun.
+
+    Closing or cancelling it aborts every job in the engine.
 
     Raises:
         ApiError: the engine refuses a job, is not running, or computed what is not a number.
@@ -39,8 +41,9 @@ async def generate(
     try:
         async with aclosing(batches):
             async for batch in batches:
-                if any(delta.finish_reason == "error" for _, delta in batch):
-                    raise ApiError("numerical_error")
+                for _, delta in batch:
+                    if delta.finish_reason == "error":
+                        raise ApiError(delta.error or "numerical_error")
                 yield batch
     except RequestRejected as error:
         raise RejectedByEngine(str(error), error.code, error.param) from None
@@ -85,15 +88,16 @@ async def _many(
             items = [await queue.get()]
             while not queue.empty():
                 items.append(queue.get_nowait())
-            merged: DeltaBatch = []
+            begun, merged = False, []
             for item in items:
                 if isinstance(item, Exception):
                     raise item
                 if item is None:
                     num_live -= 1
                 else:
+                    begun = True
                     merged += item
-            if merged:
+            if begun:
                 yield merged
     finally:
         for task in pumps:

@@ -8,7 +8,8 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 
-from quire.sampling_params import SamplingParams
+from quire.sampling_params import EarlyStopping, SamplingParams
+from quire.server.log_probs import LogProbs, PromptLogProbs
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -26,23 +27,36 @@ class EffectiveParams(msgspec.Struct, frozen=True):
     """The sampling parameters that were really used."""
 
     n: int
+    best_of: int | None
+    use_beam_search: bool
+    length_penalty: float
+    early_stopping: EarlyStopping
     max_tokens: int | None
     min_tokens: int
     temperature: float
     top_k: int
     top_p: float
     min_p: float
+    typical_p: float
     seed: int | None
-    stop: list[str]
-    stop_token_ids: list[int]
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: dict[int, float]
+    allowed_token_ids: tuple[int, ...] | None
+    bad_words: tuple[str, ...]
+    logprobs: int | None
+    prompt_logprobs: int | None
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
     ignore_eos: bool
     include_stop_str_in_output: bool
     skip_special_tokens: bool
+    num_speculative_tokens: int | None
 
     @classmethod
     def of(cls, params: SamplingParams) -> EffectiveParams:
-        values = {name: getattr(params, name) for name in cls.__struct_fields__}
-        return cls(**{**values, "stop": list(params.stop), "stop_token_ids": list(params.stop_token_ids)})
+        return cls(**{name: getattr(params, name) for name in cls.__struct_fields__})
 
 
 class CompletionChoice(msgspec.Struct):
@@ -50,11 +64,14 @@ class CompletionChoice(msgspec.Struct):
 
     index: int
     text: str
-    logprobs: None = None
+    logprobs: LogProbs | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType | None = UNSET
+    prompt_logprobs: PromptLogProbs | UnsetType = UNSET
+    cumulative_logprob: float | UnsetType | None = UNSET
+    """Of beams, with their finish: what the search ranked them by, without length penalty."""
 
 
 class Completion(msgspec.Struct, kw_only=True):

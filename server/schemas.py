@@ -10,11 +10,12 @@ from 1 MB. A discriminator function converts the whole list to Python objects fi
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Any, Final, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from quire.sampling_params import MAX_ALLOWED_TOKEN_IDS, MAX_LOGIT_BIASES
 from quire.server.body import Body, OffLoop
 from quire.server.errors import ApiError, printable_name
 
@@ -36,6 +37,10 @@ StopStrings = Annotated[
     str | Annotated[list[str], Field(fail_fast=True, max_length=_MAX_LIST)], Field(union_mode="left_to_right")
 ]
 StopTokenIds = Annotated[list[int], Field(fail_fast=True, max_length=_MAX_LIST)]
+AllowedTokenIds = Annotated[list[int], Field(fail_fast=True, max_length=MAX_ALLOWED_TOKEN_IDS)]
+BadWords = Annotated[list[str], Field(fail_fast=True, max_length=_MAX_LIST)]
+LogitBias = Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIASES)]
+"""JSON has no integers as keys: quire.server.parameters reads them."""
 
 
 def _at_most_bytes(limit: int) -> AfterValidator:
@@ -87,36 +92,39 @@ class CompletionRequest(StrictModel):
     return_token_ids: bool | None = None
     return_effective_params: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1), _at_most_bytes(MAX_CACHE_SALT_BYTES)] | None = None
+    best_of: int | None = None
+    use_beam_search: bool | None = None
+    num_beams: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    typical_p: float | None = None
+    logit_bias: LogitBias | None = None
+    allowed_token_ids: AllowedTokenIds | None = None
+    bad_words: BadWords | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    return_tokens_as_token_ids: bool | None = None
+    num_speculative_tokens: int | None = None
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = None
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:@+=/-]{1,128}$")] | None = None
     user: Annotated[str, _at_most_bytes(MAX_USER_BYTES)] | None = None
 
-    best_of: int | None = None
-    allowed_token_ids: Any = None
-    bad_words: Any = None
-    early_stopping: Any = None
-    frequency_penalty: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
     guided_json: Any = None
     guided_regex: Any = None
     json_schema: Any = None
     kv_transfer_params: Any = None
-    length_penalty: Any = None
-    logit_bias: Any = None
-    logprobs: Any = None
     lora_path: Any = None
-    presence_penalty: Any = None
     prompt_embeds: Any = None
-    prompt_logprobs: Any = None
     regex: Any = None
-    repetition_penalty: Any = None
     response_format: Any = None
-    return_tokens_as_token_ids: Any = None
     spaces_between_special_tokens: Any = None
     structured_outputs: Any = None
     suffix: Any = None
-    use_beam_search: Any = None
     vllm_xargs: Any = None
 
 
@@ -146,7 +154,10 @@ _EXPECTED: Final = {
     "model_type": "an object",
     "model_attributes_type": "an object",
 }
+_NESTED: Final = ("stream_options",)
+"""Fields whose own fields are ours: their names can be shown."""
 _EXPECTED_OF_UNIONS: Final = {
+    "early_stopping": 'true, false or "never"',
     "prompt": "a string, an array of strings, an array of token ids, or an array of arrays of token ids",
     "stop": "a string or an array of strings",
 }
@@ -181,7 +192,7 @@ def _first_fault(details: list[ErrorDetails]) -> ApiError:
         if any(detail["type"] == "too_long" for detail in details):
             return ApiError("invalid_value", param=name, reason=f"The field '{name}' has too many elements.")
         return ApiError("invalid_type", param=name, name=name, expected=_EXPECTED_OF_UNIONS[name])
-    if len(location) > 1 and isinstance(location[1], str):
+    if name in _NESTED and len(location) > 1:
         name = f"{name}.{location[1]}"
     if kind == "missing":
         return ApiError("missing_required_parameter", param=name, name=name)

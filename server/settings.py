@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from quire.config import ConfigError, SchedulingPolicy
+from quire.sampling_params import MAX_LOGPROBS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +46,10 @@ class Limits:
     """`None`: 4 x max_num_seqs."""
     max_queued_tokens: int | None = None
     """Prompt tokens of requests that have no token yet; `None`: 16 x max_num_batched_tokens."""
+    max_prompt_log_probs: int = 2**16
+    """Log-probabilities of one prompt, those of each position's best tokens included."""
+    max_answer_log_probs: int = 2**20
+    """What an answer holds at once: those of all prompts, and without `stream` those of all output tokens."""
     max_auth_failures_per_second: int = 20
     """Per peer address."""
     ready_progress_age: float = 5.0
@@ -65,6 +70,8 @@ class GenerationDefaults:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,12 +96,16 @@ class ServerSettings:
     drain_grace: float = 5.0
     """How long the port stays open after SIGTERM, so that a load balancer can look away."""
     log_requests: bool = False
+    max_logprobs: int = MAX_LOGPROBS
+    """Most `logprobs` and `prompt_logprobs` that a request may ask for."""
     limits: Limits = field(default_factory=Limits)
     generation_defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
 
     def __post_init__(self) -> None:
         if not self.served_model_names:
             raise ConfigError("--served-model-name needs at least one name.")
+        if not 0 <= self.max_logprobs <= MAX_LOGPROBS:
+            raise ConfigError(f"--max-logprobs must be from 0 to {MAX_LOGPROBS}, not {self.max_logprobs}.")
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port must be from 0 to 65535, not {self.port}.")
         for flag, value in (

@@ -6,12 +6,13 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from quire.server.log_probs import LogProbs
 from quire.server.metrics import Metrics
 from quire.server.prompts import PromptJob
 from quire.server.responses import Usage, usage
 
 if TYPE_CHECKING:
-    from quire.engine.output_processor import TextDelta
+    from quire.engine.text_delta import TextDelta
 
 
 @dataclass(slots=True)
@@ -24,6 +25,8 @@ class ChoiceTally:
     finished: bool = False
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    log_probs: LogProbs | None = None
+    cumulative_log_prob: float | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
 
@@ -38,6 +41,7 @@ class Tally:
         self.begin = self.last_progress = time.monotonic()
         self.choices = [ChoiceTally() for _ in range(len(jobs) * n)]
         self._num_unfinished = len(self.choices)
+        self._num_discarded_tokens = 0
 
     def index(self, job: PromptJob, choice_index: int) -> int:
         return choice_index + job.prompt_index * self._n
@@ -48,11 +52,17 @@ class Tally:
         now = self.last_progress = time.monotonic()
         if delta.num_output_tokens > choice.num_tokens:
             self._observe_tokens(job, delta, choice, now)
+        elif not delta.num_output_tokens and delta.choice_index == 0 and delta.started_at is not None:
+            self._observe_prompt(job, delta)
         choice.num_tokens = delta.num_output_tokens
         choice.num_cached_tokens = delta.num_cached_tokens
         if delta.finish_reason is not None and not choice.finished:
             choice.finished = True
             choice.finish_reason, choice.stop_reason = delta.finish_reason, delta.stop_reason
+            choice.cumulative_log_prob = delta.cumulative_log_prob
+            if delta.num_discarded_tokens:
+                self._num_discarded_tokens += delta.num_discarded_tokens
+                self._metrics.generation_tokens.inc(delta.num_discarded_tokens)
             self._num_unfinished -= 1
             self._observe_finished(choice)
         return choice
@@ -62,10 +72,11 @@ class Tally:
         return self._num_unfinished == 0
 
     def usage(self) -> Usage:
-        """Of the whole request: each prompt counts once, however many choices it has."""
+        """Of the whole request: each prompt counts once, however many choices it has, and of `best_of` the tokens of
+        all choices, those that are not returned included, as with OpenAI."""
         return usage(
             sum(len(job.token_ids) for job in self._jobs),
-            sum(choice.num_tokens for choice in self.choices),
+            sum(choice.num_tokens for choice in self.choices) + self._num_discarded_tokens,
             sum(choice.num_cached_tokens for choice in self.choices[:: self._n]),
         )
 
@@ -95,10 +106,13 @@ class Tally:
             metrics.queue_time.observe(max(0.0, choice.started_at - self.begin))
             metrics.prefill_time.observe(now - choice.started_at)
             if delta.choice_index == 0:
-                metrics.prompt_tokens.inc(len(job.token_ids))
-                metrics.prompt_tokens_cached.inc(delta.num_cached_tokens)
+                self._observe_prompt(job, delta)
         metrics.generation_tokens.inc(delta.num_output_tokens - choice.num_tokens)
         choice.last_token_at = now
+
+    def _observe_prompt(self, job: PromptJob, delta: TextDelta) -> None:
+        self._metrics.prompt_tokens.inc(len(job.token_ids))
+        self._metrics.prompt_tokens_cached.inc(delta.num_cached_tokens)
 
     def _observe_finished(self, choice: ChoiceTally) -> None:
         self._metrics.finished(choice.finish_reason or "stop")

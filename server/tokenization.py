@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, as vLLM has them."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info, as vLLM has them."""
 
 from __future__ import annotations
 
@@ -38,6 +38,15 @@ class Detokenized(msgspec.Struct):
     warnings: list[str] | msgspec.UnsetType = msgspec.UNSET
 
 
+class TokenizerInfo(msgspec.Struct):
+    """What clients read of tokenizer_config.json."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    chat_template: None = None
+
+
 @router.post("/tokenize")
 async def tokenize(http_request: Request) -> Response:
     context, state = context_of(http_request), state_of(http_request)
@@ -66,6 +75,12 @@ async def _pieces(pool: TokenizerPool, token_ids: list[int]) -> list[str]:
         pieces += [pool.tokenizer.id_to_piece(token_id) or "" for token_id in part]
         await asyncio.sleep(0)
     return pieces
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(http_request: Request) -> Response:
+    tokenizer = context_of(http_request).client.tokenizer.tokenizer
+    return json_response(TokenizerInfo(tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token))
 
 
 @router.post("/detokenize")

@@ -24,11 +24,14 @@ class Watch:
         scope: Scope,
         receive: Receive,
         stream: EventStream | None,
+        progress_age: Callable[[], float] | None = None,
     ) -> None:
+        """`progress_age`: of the engine, for a request that is silent while it is worked on."""
         self._request = request
         self._tally = tally
         self._limits = settings.limits
         self._receive = receive
+        self._progress_age = progress_age
         self._stream = stream
         self._abort_connection: Callable[[], None] | None = scope.get("extensions", {}).get("quire.abort")
         self._ping_interval = settings.sse_keep_alive_interval if stream is not None else 0.0
@@ -56,7 +59,7 @@ class Watch:
         if not self._request.started:
             if now - self._tally.begin > self._limits.queue_timeout:
                 self._request.interrupt(ApiError("queue_timeout"))
-        elif now - self._tally.last_progress > self._limits.token_gap_timeout and not self._blocked():
+        elif self._gap(now) > self._limits.token_gap_timeout and not self._blocked():
             self._request.interrupt(ApiError("generation_timeout"))
         if now - self._tally.begin > self._limits.request_timeout:
             self._request.interrupt(ApiError("generation_timeout"))
@@ -71,6 +74,10 @@ class Watch:
                     await self._stream.write(PING)
             except TimeoutError:
                 self.cut_off()
+
+    def _gap(self, now: float) -> float:
+        gap = now - self._tally.last_progress
+        return gap if self._progress_age is None else min(gap, self._progress_age())
 
     def cut_off(self) -> None:
         """Drop the connection with all that is unsent: the client does not read."""

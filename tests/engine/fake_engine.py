@@ -14,6 +14,8 @@ The configuration's `model` is "name" or "name:number":
 
 Steps are counted from the newest request on, so that a burst of requests is in before the fault.
 
+Log-probabilities are invented from token and choice; a beam search ends as any other request does.
+
 A prompt of one token 13 is refused as the scheduler would refuse it.
 """
 
@@ -28,7 +30,7 @@ import time
 from quire.config import ConfigError, EngineConfig
 from quire.engine.messages import EngineInfo
 from quire.engine.process import Progress, serve
-from quire.scheduler.output import FinishReason, SchedulerStats, StepOutput
+from quire.scheduler.output import FinishReason, SchedulerStats, StepOutput, TokenLogProbs
 from quire.scheduler.request import AdmissionError, Request
 
 REFUSED = [13]
@@ -76,7 +78,9 @@ class FakeEngine:
         if request.eos_token_ids != (2,) or not 0 <= request.seed < 2**64:
             raise AdmissionError("The request was not filled in.", code="test", param="seed")
         self._num_steps_since_add = 0
-        self._requests[request.request_id] = (request, dict.fromkeys(range(request.params.n), 0))
+        params = request.params
+        num_choices = params.n if params.use_beam_search else params.num_sequences
+        self._requests[request.request_id] = (request, dict.fromkeys(range(num_choices), 0))
 
     def abort(self, request_id: str, choice_index: int | None = None) -> None:
         self._num_aborts += 1
@@ -124,15 +128,27 @@ class FakeEngine:
             time.sleep(60)
 
     def _advance(self, request: Request, choices: dict[int, int], index: int) -> StepOutput:
-        prompt, limit = request.prompt_token_ids, request.params.max_tokens or len(request.prompt_token_ids)
+        prompt, params = request.prompt_token_ids, request.params
+        limit = len(prompt) if params.max_tokens is None else params.max_tokens
         start = choices[index]
         end = min(start + (self._number if self._name == "echo" else 1), limit)
         output = StepOutput(request.request_id, index, [prompt[i % len(prompt)] for i in range(start, end)])
+        if params.logprobs is not None:
+            output.log_probs = [log_probs_of(token_id, index, params.logprobs) for token_id in output.token_ids]
+        if params.prompt_logprobs is not None and start == index == 0:
+            output.prompt_log_probs = [log_probs_of(token_id, 0, params.prompt_logprobs) for token_id in prompt[1:]]
         choices[index] = end
         if end == limit:
             output.finish_reason = FinishReason.LENGTH
+            output.cumulative_log_prob = -1.0 - index if params.use_beam_search else None
             del choices[index]
         return output
+
+
+def log_probs_of(token_id: int, index: int, num_top: int) -> TokenLogProbs:
+    """Odd choices are more probable than even ones."""
+    top = [*range(num_top)]
+    return TokenLogProbs(token_id, -1.0 / (1 + index % 2) - token_id / 1024, top, [-0.5 - rank for rank in top])
 
 
 def main() -> int:

@@ -21,11 +21,12 @@ import uvloop
 from quire.config import EngineConfig
 from quire.engine import delta_queue
 from quire.engine.client import EngineClient, EngineDeadError, EngineStartError, ReaderTooSlowError, RequestRejected
-from quire.engine.delta_queue import DeltaQueue, merge
+from quire.engine.delta_queue import DeltaQueue
 from quire.engine.messages import Abort, LoadProgress
-from quire.engine.output_processor import TextDelta
 from quire.engine.process_handle import ENGINE_COMMAND
+from quire.engine.text_delta import TextDelta, merge
 from quire.sampling_params import SamplingParams
+from quire.scheduler.output import TokenLogProbs
 
 PARTS = ["the ", "Ö", "日本", "👨‍👩‍👧‍👦", "👍🏽", "e\u0301", "\n", "𝔘", "한", "\u200d", "נ", "\ufe0f", "Ā"]
 
@@ -302,6 +303,77 @@ def test_queue_is_bounded_whatever_comes() -> None:
     ]
     assert merge(deltas) == [TextDelta(0, "ab", [1, 2], None, None, 3, 2), deltas[1]]
     assert deltas[0] == TextDelta(0, "a", [1])
+
+
+def test_merged_deltas_keep_their_log_probabilities() -> None:
+    one, two = TokenLogProbs(1, -1.0, [], []), TokenLogProbs(2, -2.0, [5], [-0.5])
+    parts = [
+        TextDelta(0, "a", [1], log_probs=[one], text_offsets=[0], prompt_log_probs=[two]),
+        TextDelta(0, "", [], log_probs=[], text_offsets=[]),
+        TextDelta(0, "b", [2], "length", log_probs=[two], text_offsets=[1], cumulative_log_prob=-3.0),
+    ]
+    (whole,) = merge(parts)
+    assert whole == TextDelta(
+        *(0, "ab", [1, 2], "length"),
+        log_probs=[one, two],
+        text_offsets=[0, 1],
+        prompt_log_probs=[two],
+        cumulative_log_prob=-3.0,
+    )
+    assert merge([TextDelta(0, "a", [1]), TextDelta(0, "b", [2])])[0].log_probs is None
+
+
+def test_one_step_may_bring_much_to_a_reader_that_keeps_up() -> None:
+    async def main() -> None:
+        queue = DeltaQueue()
+        much = TextDelta(0, "x" * (2 * delta_queue.MAX_PENDING_BYTES), [1], log_probs=[], text_offsets=[])
+        position = TokenLogProbs(1, -1.0, [1] * 20, [-1.0] * 20)
+        assert queue.put([]), "it has begun"
+        assert await queue.get() == []
+        for _ in range(2):
+            assert queue.put([much])
+            assert await queue.get() == [much]
+        many = TextDelta(0, "", [1] * 2000, log_probs=[position] * 2000, text_offsets=[0] * 2000)
+        assert queue.put([many])
+        assert not queue.put([TextDelta(0, "y", [1])]), "log-probabilities count"
+
+    asyncio.run(main())
+
+
+def test_choices_are_ranked_and_prompts_are_scored_across_the_socketpair(harness: Harness) -> None:
+    async def check(client: EngineClient) -> None:
+        ids = await client.tokenizer.encode("one two", add_special_tokens=False)
+        steps = [step async for step in client.generate("r", ids, SamplingParams(n=2, best_of=4, max_tokens=3))]
+        assert steps[0] == [], "it has begun"
+        (best,) = steps[1:]
+        assert [(delta.choice_index, delta.log_probs, delta.num_discarded_tokens) for delta in best] == [
+            (0, None, 6),
+            (1, None, 0),
+        ]
+        assert best[0].cumulative_log_prob == sum(-0.5 - token_id / 1024 for token_id in ids[:3])
+        assert best[0].started_at is not None
+        params = SamplingParams(max_tokens=0, prompt_logprobs=2)
+        (scored,) = await collect(client, [5] * 64, params)
+        assert (scored.finish_reason, scored.token_ids, len(scored.prompt_log_probs or [])) == ("length", [], 63)
+        with pytest.raises(RequestRejected, match="at least 65 tokens"):
+            await collect(client, [5] * 65, params)
+        beams = await collect(client, ids, SamplingParams(n=2, use_beam_search=True, max_tokens=2, logprobs=1))
+        assert [d.cumulative_log_prob for d in beams if d.finish_reason] == [-1.0, -2.0]
+        assert all(len(delta.log_probs or []) == len(delta.token_ids) for delta in beams)
+
+    harness.run(check, max_model_len=64)
+
+
+def test_stop_string_in_every_beam_ends_the_search(harness: Harness) -> None:
+    async def check(client: EngineClient) -> None:
+        ids = await client.tokenizer.encode("one two END", add_special_tokens=False)
+        params = SamplingParams(n=2, use_beam_search=True, max_tokens=50_000, stop=("END",))
+        deltas = await collect(client, ids, params)
+        assert [delta.stop_reason for delta in deltas if delta.finish_reason] == ["END", "END"]
+        await until(lambda: client.stats().num_running == 0)
+        assert client.stats().num_preemptions == 1, "one abort for the whole search"
+
+    harness.run(check)
 
 
 def test_stop_ends_open_streams_and_may_be_repeated(harness: Harness) -> None:

@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quire.engine.output_processor import OutputProcessor, TextDelta
+from quire.engine.detokenizer import DetokenizerFactory
+from quire.engine.output_processor import OutputProcessor
+from quire.engine.text_delta import TextDelta
 from quire.engine.tokenizer import Tokenizer
 from quire.sampling_params import SamplingParams
-from quire.scheduler.output import FinishReason, StepOutput
+from quire.scheduler.output import FinishReason, StepOutput, TokenLogProbs
 
 WORDS = ["the ", "king ", "Öl", "日本", "語", "👨‍👩‍👧", "👍🏽", "e\u0301", "\n", " END", "E", "a"]
 
@@ -41,6 +43,8 @@ def run(
     aborts: list[tuple[str, int]] = []
     for start in range(0, len(token_ids), group):
         output = StepOutput("r", 0, token_ids[start : start + group], num_cached_tokens=5)
+        if params.logprobs is not None:
+            output.log_probs = [log_probs_of(token_id) for token_id in output.token_ids]
         if start + group >= len(token_ids):
             output.finish_reason, output.stop_reason = finish_reason, stop_reason
         step = processor.process([output])
@@ -50,6 +54,10 @@ def run(
     assert len(processor) == 0
     assert [delta.finish_reason is not None for delta in deltas] == [False] * (len(deltas) - 1) + [True]
     return deltas, aborts
+
+
+def log_probs_of(token_id: int) -> TokenLogProbs:
+    return TokenLogProbs(token_id, -token_id / 8, [], [])
 
 
 def text_of(deltas: list[TextDelta]) -> str:
@@ -185,3 +193,112 @@ def test_choices_end_one_by_one_and_strangers_are_dropped(byte_level: Tokenizer)
     processor.remove("s")
     assert processor.process([StepOutput("s", 0, a)]).deltas == {}
     assert len(processor) == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    words=st.lists(st.sampled_from(WORDS), min_size=1, max_size=15),
+    stop=st.lists(st.sampled_from(["gE", "本語", "a", "king "]), max_size=2),
+    include=st.booleans(),
+    group=st.integers(2, 9),
+)
+def test_log_probabilities_and_offsets_follow_their_tokens(
+    tokenizer: Tokenizer, words: list[str], stop: list[str], include: bool, group: int
+) -> None:
+    token_ids = encode(tokenizer, "".join(words))
+    params = SamplingParams(logprobs=0, stop=tuple(stop), include_stop_str_in_output=include, max_tokens=None)
+    stream, _ = run(tokenizer, token_ids, params)
+    grouped, _ = run(tokenizer, token_ids, params, group)
+    for deltas in (stream, grouped):
+        for delta in deltas:
+            assert [each.token_id for each in delta.log_probs or []] == delta.token_ids
+            assert len(delta.text_offsets or []) == len(delta.token_ids)
+        assert deltas[-1].cumulative_log_prob == pytest.approx(-sum(tokens_of(deltas)) / 8)
+        assert all(delta.cumulative_log_prob is None for delta in deltas[:-1])
+    text, offsets = text_of(stream), [offset for delta in stream for offset in delta.text_offsets or []]
+    assert offsets == [offset for delta in grouped for offset in delta.text_offsets or []]
+    assert offsets == sorted(offsets)
+    table = DetokenizerFactory(tokenizer)
+    for token_id, start, end in zip(tokens_of(stream), offsets, [*offsets[1:], len(text)], strict=True):
+        piece = table.token_text(token_id)
+        if isinstance(piece, str) and end <= len(text) and (start or not piece.startswith(" ")):
+            shown = text[start:end]
+            assert piece == shown or (stream[-1].stop_reason is not None and piece.startswith(shown))
+
+
+def test_the_best_of_several_choices(byte_level: Tokenizer) -> None:
+    """The mean counts, not the sum; a stop string leaves fewer tokens; a failure is the last."""
+    processor = OutputProcessor(byte_level)
+    letters = [encode(byte_level, letter)[0] for letter in "abc"]
+    params = SamplingParams(n=2, best_of=4, stop=("c",), max_tokens=4)
+    processor.add("r", [5], params)
+
+    def output(index: int, values: list[float], reason: FinishReason | None = None) -> StepOutput:
+        token_ids = letters[: len(values)]
+        log_probs = [TokenLogProbs(t, value, [], []) for t, value in zip(token_ids, values, strict=True)]
+        return StepOutput("r", index, token_ids, reason, log_probs=log_probs)
+
+    long = output(1, [-1.0, -1.0, -9.0])
+    long.token_ids = [letters[0], letters[1], letters[0]]
+    step = processor.process([output(0, [-2.0]), long, output(2, [-1.5, -1.5, -1.5])])
+    assert (step.deltas, step.aborts, step.finished) == ({}, [("r", 2)], [])
+    step = processor.process([output(3, [], FinishReason.ERROR), output(1, [-1.0], FinishReason.LENGTH)])
+    assert (step.deltas, step.finished) == ({}, [])
+    step = processor.process([output(0, [-0.5], FinishReason.LENGTH)])
+    first, second = step.deltas["r"]
+    assert (first.choice_index, first.text, first.num_output_tokens, first.finish_reason) == (0, "aa", 2, "length")
+    assert (second.choice_index, second.text, second.stop_reason) == (1, "ab", "c")
+    assert (first.cumulative_log_prob, second.cumulative_log_prob) == (-2.5, -4.5)
+    assert (first.log_probs, second.log_probs) == (None, None)
+    assert (first.num_discarded_tokens, second.num_discarded_tokens) == (4, 0)
+    assert step.finished == ["r"]
+    assert len(processor) == 0
+
+
+def test_long_choices_are_joined_while_they_are_kept(byte_level: Tokenizer) -> None:
+    processor = OutputProcessor(byte_level)
+    processor.add("r", [5], SamplingParams(best_of=2, logprobs=0, max_tokens=None))
+    token_ids = encode(byte_level, "one two three " * 50)
+    for position, token_id in enumerate(token_ids):
+        reason = FinishReason.LENGTH if position == len(token_ids) - 1 else None
+        outputs = [
+            StepOutput("r", index, [token_id], reason, log_probs=[TokenLogProbs(token_id, index - 2.0, [], [])])
+            for index in (0, 1)
+        ]
+        step = processor.process(outputs)
+    (best,) = step.deltas["r"]
+    assert (best.token_ids, best.text) == (token_ids, "one two three " * 50)
+    assert best.cumulative_log_prob == -1.0 * len(token_ids)
+    assert best.log_probs is not None
+    assert [each.token_id for each in best.log_probs] == token_ids
+    assert best.text_offsets == sorted(best.text_offsets or [])
+
+
+def test_log_probabilities_of_the_prompt_come_first_and_once(byte_level: Tokenizer) -> None:
+    a, of_prompt = encode(byte_level, "a"), [TokenLogProbs(6, -1.0, [], [])]
+    for best_of, num_before in ((2, 1), (3, 0)):
+        processor = OutputProcessor(byte_level)
+        processor.add("r", [5, 6], SamplingParams(n=2, best_of=best_of, prompt_logprobs=0, max_tokens=3))
+        assert processor.process([StepOutput("r", 1, a)]).deltas == {}
+        step = processor.process([StepOutput("r", 0, a, prompt_log_probs=of_prompt), StepOutput("r", 1, a)])
+        assert len(step.deltas) == num_before
+        last = processor.process([StepOutput("r", index, a, FinishReason.LENGTH) for index in range(best_of)])
+        deltas = step.deltas.get("r", []) + last.deltas["r"]
+        assert [delta.prompt_log_probs for delta in deltas] == [of_prompt] + [None] * (len(deltas) - 1)
+        assert "".join(delta.text for delta in deltas if delta.choice_index == 1) == "aaa"
+
+
+def test_beams_are_not_ranked_again_and_end_together(byte_level: Tokenizer) -> None:
+    processor = OutputProcessor(byte_level)
+    processor.add("r", [5], SamplingParams(n=2, best_of=5, use_beam_search=True, stop=("END",)))
+    ids = encode(byte_level, "one END two")
+    step = processor.process([StepOutput("r", 0, ids)])
+    assert (step.deltas["r"][0].stop_reason, step.aborts, step.finished) == ("END", [], [])
+    assert step.deltas["r"][0].cumulative_log_prob is None
+    end = StepOutput("r", 1, encode(byte_level, "king"), FinishReason.STOP, cumulative_log_prob=-7.5)
+    step = processor.process([StepOutput("r", 0, ids, FinishReason.LENGTH), end])
+    assert [(delta.choice_index, delta.cumulative_log_prob) for delta in step.deltas["r"]] == [(1, -7.5)]
+    assert (step.aborts, step.finished) == ([], ["r"])
+    processor.add("s", [5], SamplingParams(best_of=3, use_beam_search=True, stop=("END",)))
+    step = processor.process([StepOutput("s", 0, ids)])
+    assert (step.aborts, step.finished) == ([("s", None)], ["s"]), "nobody waits for the rest of the search"

@@ -208,6 +208,18 @@ def test_all_choices_are_told_once(checkpoint: Path) -> None:
             assert [output.prompt_log_probs for output in outputs if output.prompt_log_probs is not None] == [scored]
 
 
+def test_beams_are_told_once(tiny_checkpoint: TinyCheckpoint) -> None:
+    engine = make_engine(tiny_checkpoint("llama"), max_num_batched_tokens=11)
+    token_lists = prompts(320)
+    params = SamplingParams(n=2, best_of=3, use_beam_search=True, max_tokens=4, prompt_logprobs=DEPTH)
+    expected = score(make_engine(tiny_checkpoint("llama")), token_lists)
+    for _ in range(2):
+        for outputs, scored in zip(run(engine, [(ids, params) for ids in token_lists]), expected, strict=True):
+            assert [output.prompt_log_probs for output in outputs if output.prompt_log_probs is not None] == [scored]
+            assert outputs[0].prompt_log_probs == scored
+    assert engine.stats().prefix_cache_hits > 150
+
+
 def test_a_prompt_may_fill_the_whole_context(tiny_checkpoint: TinyCheckpoint) -> None:
     directory = tiny_checkpoint("llama")
     token_ids = [3 + index % 300 for index in range(MAX_MODEL_LEN)]

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from quire.engine.random_numbers import uniform
-from quire.engine.sampler import SamplingOptions, sample
+from quire.engine.sampler import sample
+from quire.engine.sampling_options import SamplingOptions
 
 VOCAB_SIZE = 50
 
@@ -22,6 +23,7 @@ class Options:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
 
 
 def batch_of(options: list[Options], uniform_numbers: npt.NDArray[np.float64]) -> SamplingOptions:
@@ -30,6 +32,7 @@ def batch_of(options: list[Options], uniform_numbers: npt.NDArray[np.float64]) -
         top_k=np.array([o.top_k for o in options], np.int64),
         top_p=np.array([o.top_p for o in options], np.float32),
         min_p=np.array([o.min_p for o in options], np.float32),
+        typical_p=np.array([o.typical_p for o in options], np.float32),
         uniform=uniform_numbers,
     )
 
@@ -54,6 +57,15 @@ def reference_distribution(logits: npt.NDArray[np.float64], options: Options) ->
     if options.min_p:
         p = probabilities()
         kept &= p >= options.min_p * p.max()
+    if options.typical_p < 1.0:
+        p = probabilities()
+        surprise = -np.log(np.where(p > 0, p, 1.0))
+        distance = np.where(p > 0, np.abs(surprise - (p * surprise).sum()), np.inf)
+        order = np.argsort(distance, kind="stable")
+        before = np.cumsum(p[order]) - p[order]
+        typical = np.zeros_like(kept)
+        typical[order[before < options.typical_p]] = True
+        kept &= typical
     return probabilities()
 
 
@@ -75,6 +87,9 @@ def chi_square_bound(degrees: int) -> float:
         Options(top_p=0.9),
         Options(top_p=0.05),
         Options(min_p=0.1),
+        Options(typical_p=0.6),
+        Options(typical_p=0.2),
+        Options(temperature=1.4, top_k=25, typical_p=0.9),
         Options(temperature=0.8, top_k=20, top_p=0.8),
         Options(temperature=1.5, top_k=30, top_p=0.95, min_p=0.05),
     ],

@@ -199,7 +199,7 @@ MUTANTS = [
     ),
     mutant("I11", "the salt is missing from the key", PrefixCache, "root_key", ('("salt", salt)', '("salt", "")')),
     mutant(
-        "I11",
+        "I24",
         "the block before is missing from the key",
         PrefixCache,
         "extend_keys",
@@ -209,7 +209,7 @@ MUTANTS = [
         "I12",
         "a preempted sequence counts as computed",
         Scheduler,
-        "_preempt",
+        "preempt",
         ("sequence.num_computed_tokens = 0", "pass"),
     ),
     mutant(
@@ -224,7 +224,7 @@ MUTANTS = [
         "a copy goes into the last block of a table that has grown",
         BlockTable,
         "take_copy",
-        ("self.block_ids[self._copy_index]", "self.block_ids[-1]"),
+        ("self.copy_target)", "self.block_ids[-1])"),
     ),
     mutant("I13", "the rows of followers are lost", Scheduler, "_orphan_followers", ("self.free_rows += ", "_ = ")),
     mutant(
@@ -249,7 +249,7 @@ MUTANTS = [
         ("num_tokens > 1 or sequence.scoring_depth is not None", "num_tokens > 1"),
     ),
     mutant(
-        "I15", "a preempted sequence stays in running", Scheduler, "_preempt", ("self.running.remove(sequence)", "pass")
+        "I15", "a preempted sequence stays in running", Scheduler, "preempt", ("self.running.remove(sequence)", "pass")
     ),
     mutant(
         "I15",
@@ -270,8 +270,8 @@ MUTANTS = [
         "nobody is ever preempted",
         scheduler,
         "choose_victims",
-        ("return [sequence]", "return []"),
-        ("return _holders_of_one_block(newest_first, ref_counts)", "return []"),
+        ("return unit", "return []"),
+        ("return _holders_of_one_block(candidates, ref_counts)", "return []"),
     ),
     mutant(
         "I17",
@@ -285,7 +285,7 @@ MUTANTS = [
         "the whole prompt is taken from the cache",
         BlockManager,
         "find_cached_prefix",
-        ("(len(sequence.token_ids) - 1)", "len(sequence.token_ids)"),
+        ("sequence.num_hittable_tokens", "len(sequence.token_ids)"),
     ),
     mutant(
         "I17",
@@ -321,7 +321,7 @@ MUTANTS = [
         "the oldest can be a victim",
         scheduler,
         "choose_victims",
-        ("running[max(running.index(requester), 1) :]", "running[:1]"),
+        ("units[: max(own, 1) - 1 : -1]", "units[:1]"),
     ),
     mutant(
         "I20",
@@ -340,8 +340,8 @@ MUTANTS = [
     mutant(
         "I23",
         "a fork takes over the whole prompt",
-        BlockManager,
-        "fork",
+        Scheduler,
+        "_fork_followers",
         ("leader.num_prompt_tokens - 1", "leader.num_prompt_tokens"),
     ),
     mutant(
@@ -355,21 +355,21 @@ MUTANTS = [
         "I25",
         "min_tokens is not heeded",
         Sequence,
-        "finish_reason",
-        ("self.num_output_tokens > self.request.params.min_tokens", "True"),
+        "end_at",
+        ("num_tokens - self.num_prompt_tokens > self.request.params.min_tokens", "True"),
     ),
     mutant(
         "I25",
         "the last token is cut off",
         Sequence,
-        "finish_reason",
+        "end_at",
         (">= self.max_num_tokens", ">= self.max_num_tokens - 1"),
     ),
     mutant(
         "I25",
         "a resumed sequence has lost a token",
         Scheduler,
-        "_preempt",
+        "preempt",
         (
             "sequence.num_computed_tokens = 0",
             "sequence.num_computed_tokens = 0; sequence.num_output_tokens > 1 and sequence.token_ids.pop()",
@@ -425,7 +425,7 @@ MUTANTS = [
         "I29",
         "every choice tells the prompt",
         Scheduler,
-        "_end_scoring",
+        "end_scoring",
         ("self.live[sequence.request_id]", "[sequence]"),
     ),
     mutant(

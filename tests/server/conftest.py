@@ -14,10 +14,13 @@ from typing import Any
 import httpx
 import pytest
 
+from quire.engine.best_of import engine_params
 from quire.engine.messages import EngineInfo
-from quire.engine.output_processor import TextDelta
+from quire.engine.output_processor import OutputProcessor
+from quire.engine.text_delta import TextDelta
+from quire.engine.tokenizer import with_bad_word_ids
 from quire.sampling_params import SamplingParams
-from quire.scheduler.output import SchedulerStats
+from quire.scheduler.output import FinishReason, SchedulerStats, StepOutput, TokenLogProbs
 from quire.server.app import create_app
 from quire.server.cli import _loop_factory
 from quire.server.guard import Guard
@@ -44,12 +47,17 @@ INFO = EngineInfo(
 
 
 class FakeTokenizer:
-    """A token is a byte; 256 begins a text."""
+    """A token is a byte; 256 begins a text. 300 reads as "a" too."""
+
+    decoder = None
+    special_ids = frozenset({BOS})
+    bos_token, eos_token, pad_token = "<256>", "<257>", None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        token_ids = [97 if token_id == 300 else token_id for token_id in token_ids]
         return bytes(token_id for token_id in token_ids if token_id < BOS).decode(errors="replace")
 
     def id_to_piece(self, token_id: int) -> str | None:
@@ -64,6 +72,9 @@ class FakeTokenizerPool:
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         self.num_encoded += 1
         return self.tokenizer.encode(text, add_special_tokens)
+
+    async def with_bad_word_ids(self, params: SamplingParams) -> SamplingParams:
+        return with_bad_word_ids(params, self.tokenizer)  # type: ignore[arg-type]
 
     async def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens)
@@ -113,38 +124,65 @@ class FakeClient:
             {"id": request_id, "ids": prompt_token_ids, "params": params, "priority": priority, "salt": cache_salt}
         )
         self.num_open += 1
-        max_tokens = params.max_tokens or 1
+        processor = OutputProcessor(self.tokenizer.tokenizer)  # type: ignore[arg-type]
+        processor.add("r", prompt_token_ids, params)
         finished = False
         try:
-            for step in range(max_tokens):
+            for step in range(max(1, params.max_tokens or 0)):
                 await asyncio.sleep(self.step_delay)
                 while self.hold:  # noqa: ASYNC110 - tests set it from another thread
                     await asyncio.sleep(0.005)
                 if self.error is not None and step >= self.error_step:
                     raise self.error
-                last = step + 1 == max_tokens
-                reason = ("error" if self.finish_with_error else "length") if last else None
-                deltas = [self._delta(prompt_token_ids, choice, step, reason) for choice in range(params.n)]
-                finished = last
+                processed = processor.process(self._outputs(prompt_token_ids, engine_params(params), step))
+                finished = bool(processed.finished)
                 self.on_step(len(prompt_token_ids) if step == 0 else params.n)
+                deltas = processed.deltas.get("r", [])
+                for delta in deltas:
+                    delta.text = self.step_text or delta.text
+                    delta.started_at = time.monotonic()
                 yield deltas
                 self.num_steps += 1
+                if finished:
+                    return
         finally:
             self.num_open -= 1
             if not finished:
                 self.num_aborted += 1
 
-    def _delta(self, prompt: list[int], choice: int, step: int, reason: str | None) -> TextDelta:
-        token_id = 97 + (sum(prompt) + 7 * choice + step) % 26
-        return TextDelta(
-            choice_index=choice,
-            text=self.step_text or chr(token_id),
-            token_ids=[token_id],
-            finish_reason=reason,
-            num_cached_tokens=self.num_cached_tokens,
-            num_output_tokens=step + 1,
-            started_at=time.monotonic(),
-        )
+    def _outputs(self, prompt: list[int], params: SamplingParams, step: int) -> list[StepOutput]:
+        """Of a beam search only the first choice is known before the end."""
+        max_tokens = params.max_tokens or 0
+        last = step + 1 >= max_tokens
+        outputs = []
+        for choice in range(params.n if params.use_beam_search else params.num_sequences):
+            begin, end = step, min(step + 1, max_tokens)
+            if params.use_beam_search and choice:
+                if not last:
+                    continue
+                begin = 0
+            token_ids = [letter(prompt, choice, position) for position in range(begin, end)]
+            output = StepOutput("r", choice, token_ids, num_cached_tokens=self.num_cached_tokens)
+            if params.logprobs is not None:
+                output.log_probs = [log_probs_of(token_id, params.logprobs) for token_id in token_ids]
+            if params.prompt_logprobs is not None and step == choice == 0:
+                output.prompt_log_probs = [log_probs_of(token_id, params.prompt_logprobs) for token_id in prompt[1:]]
+            if last:
+                output.finish_reason = FinishReason.ERROR if self.finish_with_error else FinishReason.LENGTH
+                output.cumulative_log_prob = -1.5 - choice if params.use_beam_search else None
+            outputs.append(output)
+        return outputs
+
+
+def letter(prompt: list[int], choice: int, position: int) -> int:
+    return 97 + (sum(prompt) + 7 * choice + position) % 26
+
+
+def log_probs_of(token_id: int, num_top: int) -> TokenLogProbs:
+    """The best are the token itself, if it is even, and those that follow it."""
+    top = [(token_id + token_id % 2 + rank) % 512 for rank in range(num_top)]
+    log_prob = -0.25 if token_id % 2 == 0 else -5.0 - token_id / 64
+    return TokenLogProbs(token_id, log_prob, top, [-0.25 - rank / 8 for rank in range(num_top)])
 
 
 class RunningServer:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from quire.config import ConfigError, ExitCode
+from quire.sampling_params import SamplingParams
 from quire.server.checkpoint import model_name, read_generation_defaults
 from quire.server.cli import main, make_parser
 from quire.server.flags import engine_config, key_digests, server_settings
@@ -72,6 +73,8 @@ def test_byte_sizes(text: str, value: int) -> None:
         ["--api-key", "two words"],
         ["--api-key-file", "/nonexistent"],
         ["--max-num-queued-reqs", "0"],
+        ["--max-logprobs", "21"],
+        ["--max-logprobs", "-1"],
         ["a", "b", "c"],
     ],
 )
@@ -121,7 +124,7 @@ def test_help_has_units_and_defaults() -> None:
         *("--max-num-batched-tokens", "--num-gpu-blocks-override", "--no-enable-prefix-caching", "--api-key"),
         *("--no-enable-chunked-prefill", "--scheduling-policy", "--api-key-file", "--allow-no-auth", "--seed"),
         *("--allowed-hosts", "--num-threads", "--shutdown-timeout", "--drain-grace", "--max-num-queued-reqs"),
-        *("--strict", "--sse-keep-alive-interval", "--no-enable-log-requests"),
+        *("--strict", "--sse-keep-alive-interval", "--no-enable-log-requests", "--max-logprobs"),
     ):
         assert flag in text, flag
 
@@ -195,12 +198,20 @@ def test_names_of_models(tmp_path: Path) -> None:
 def test_generation_config_gives_defaults_and_says_what_is_not_honoured(tmp_path: Path) -> None:
     assert read_generation_defaults(tmp_path) == (GenerationDefaults(), [])
     path = tmp_path / "generation_config.json"
-    path.write_text('{"temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.05, "do_sample": true}')
+    path.write_text('{"temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.05, "num_beams": 4}')
     defaults, warnings = read_generation_defaults(tmp_path)
-    assert defaults == GenerationDefaults(temperature=0.6, top_p=0.95, top_k=20)
+    assert defaults == GenerationDefaults(temperature=0.6, top_p=0.95, top_k=20, repetition_penalty=1.05)
     assert len(warnings) == 1
-    assert "repetition_penalty=1.05" in warnings[0]
-    for content in ("[]", "{", '{"temperature": "hot"}', '{"top_p": 7}', '{"top_k": NaN}', "[" * 100_000):
+    assert "num_beams=4" in warnings[0]
+    for content in (
+        "[]",
+        "{",
+        '{"temperature": "hot"}',
+        '{"top_p": 7}',
+        '{"top_k": NaN}',
+        "[" * 100_000,
+        '{"repetition_penalty": 0}',
+    ):
         path.write_text(content)
         with pytest.raises(ConfigError, match=r"generation_config\.json"):
             read_generation_defaults(tmp_path)
@@ -224,3 +235,27 @@ def test_limits_are_positive() -> None:
         Limits(stall_timeout=0)
     with pytest.raises(ConfigError):
         Limits(max_body_bytes=-1)
+
+
+def test_flags_of_penalties_and_beams() -> None:
+    def params(*arguments: str) -> SamplingParams:
+        flags = make_parser().parse_args(["generate", "Once", *arguments])
+        return sampling_params(flags, GenerationDefaults(top_k=20, top_p=0.9, repetition_penalty=1.1))
+
+    plain = params("--presence-penalty", "0.5", "--frequency-penalty", "-1", "--bad-word", "a", "--bad-word", "b c")
+    assert (plain.presence_penalty, plain.frequency_penalty, plain.bad_words) == (0.5, -1.0, ("a", "b c"))
+    assert (plain.repetition_penalty, plain.top_k, plain.use_beam_search, plain.best_of) == (1.1, 20, False, None)
+    beams = params("--num-beams", "4", "--length-penalty", "2", "--early-stopping", "never")
+    assert (beams.best_of, beams.n, beams.use_beam_search, beams.length_penalty) == (4, 1, True, 2.0)
+    assert (beams.early_stopping, beams.top_k, beams.top_p, beams.repetition_penalty) == ("never", 0, 1.0, 1.1)
+    for arguments in (("--num-beams", "0"), ("--num-beams", "17"), ("--length-penalty", "2"), ("--typical-p", "0")):
+        with pytest.raises(ConfigError):
+            params(*arguments)
+
+
+def test_most_log_probabilities_is_one_flag_for_both_sides(tmp_path: Path) -> None:
+    flags = parse("--max-logprobs", "5")
+    assert engine_config(flags, tmp_path).max_logprobs == 5
+    assert server_settings(flags, "m", GenerationDefaults()).max_logprobs == 5
+    with pytest.raises(ConfigError, match="--max-logprobs must be from 0 to 20"):
+        ServerSettings(served_model_names=("m",), max_logprobs=21)

@@ -282,8 +282,8 @@ def test_openai_sdk(shared: Any) -> None:
             client.completions.create(model="fake", prompt="hello", max_tokens=10_000)
         assert "maximum context length" in str(too_long.value)
         with pytest.raises(openai.BadRequestError) as unsupported:
-            client.completions.create(model="fake", prompt="hello", logprobs=1)
-        assert (unsupported.value.code, unsupported.value.param) == ("unsupported_parameter", "logprobs")
+            client.completions.create(model="fake", prompt="hello", suffix="x")
+        assert (unsupported.value.code, unsupported.value.param) == ("unsupported_parameter", "suffix")
 
 
 def test_openai_sdk_sees_an_error_within_a_stream(serve: Any, fake_client: Any) -> None:

@@ -15,6 +15,7 @@ from quire.scheduler.invariants import InvariantError
 from quire.scheduler.output import FinishReason, SampledTokens, ScheduledBatch, TokenLogProbs
 from quire.scheduler.request import Request
 from quire.scheduler.sequence import Sequence
+from simulation.beam_oracle import Told, candidates_after, search
 
 Entry = tuple[float, int]
 """What is stored of a token: its log-probability, and how many of the best there are beside it."""
@@ -56,7 +57,7 @@ class GhostModel:
         self._block_size = config.block_size
         self._window = config.sliding_window
         self._vocab_size = vocab_size
-        self._expected: dict[Sequence, list[int]] = {}
+        self._expected: dict[Sequence, tuple[list[int], list[int]]] = {}
 
     def scramble(self, block_id: int) -> None:
         """A block that is handed out anew holds nothing that may be read."""
@@ -86,6 +87,10 @@ class GhostModel:
             if index in sampling:
                 visible = content if self._window is None else content[-self._window :]
                 token_id = next_token(visible, sequence.request, sequence.choice_index, self._vocab_size)
+                if sequence.beam is not None and sequence is not poisoned:
+                    sampled.candidates[len(sampled.token_ids)] = candidates_after(
+                        visible, sequence.request, sequence.num_output_tokens, self._vocab_size
+                    )
                 sampled.token_ids.append(None if sequence is poisoned else token_id)
         return sampled
 
@@ -135,9 +140,10 @@ class GhostModel:
         return content[:end]
 
     def _expect(self, sequence: Sequence) -> list[int]:
-        expected = self._expected.get(sequence)
-        if expected is None:
-            expected = self._expected[sequence] = []
+        token_ids, expected = self._expected.get(sequence, ([], []))
+        if token_ids is not sequence.token_ids:
+            expected = []
+            self._expected[sequence] = (sequence.token_ids, expected)
         previous = expected[-1] if expected else root_fingerprint(sequence.request)
         for token_id in sequence.token_ids[len(expected) :]:
             previous = fingerprint(previous, token_id)
@@ -145,30 +151,37 @@ class GhostModel:
         return expected
 
 
-def oracle(
-    request: Request, choice_index: int, max_num_tokens: int, window: int | None, vocab_size: int
-) -> tuple[list[int], FinishReason, int | None]:
-    """What the model says when each request has the machine to itself and nothing is ever cached: (tokens, end)."""
-    params = request.params
-    content: list[int] = []
+def fingerprints(request: Request, token_ids: list[int]) -> list[int]:
+    """Content of all slots of a sequence."""
     previous = root_fingerprint(request)
-    for token_id in request.prompt_token_ids:
+    content = []
+    for token_id in token_ids:
         previous = fingerprint(previous, token_id)
         content.append(previous)
+    return content
+
+
+def oracle(request: Request, choice_index: int, max_num_tokens: int, window: int | None, vocab_size: int) -> Told:
+    """What the model says when each request has the machine to itself and nothing is ever cached."""
+    params = request.params
+    if params.use_beam_search:
+        choices = search(request, max_num_tokens, window, vocab_size, lambda ids: fingerprints(request, ids))
+        return choices[choice_index]
+    content = fingerprints(request, request.prompt_token_ids)
     output: list[int] = []
     if len(content) == max_num_tokens:
-        return output, FinishReason.LENGTH, None
+        return output, FinishReason.LENGTH, None, None
     while True:
         visible = content if window is None else content[-window:]
         token_id = next_token(visible, request, choice_index, vocab_size)
         output.append(token_id)
         if len(output) > params.min_tokens:
             if token_id in request.eos_token_ids and not params.ignore_eos:
-                return output, FinishReason.STOP, None
+                return output, FinishReason.STOP, None, None
             if token_id in params.stop_token_ids:
-                return output, FinishReason.STOP, token_id
+                return output, FinishReason.STOP, token_id, None
         if len(content) + 1 == max_num_tokens:
-            return output, FinishReason.LENGTH, None
+            return output, FinishReason.LENGTH, None, None
         content.append(fingerprint(content[-1], token_id))
 
 

@@ -10,6 +10,7 @@ from quire.scheduler.invariants import InvariantError
 from quire.scheduler.prefix_cache import PrefixCache
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import Sequence
+from quire.scheduler.status import RUNNING
 from simulation.ghost import GhostModel
 
 
@@ -95,16 +96,20 @@ class WatchedScheduler(Scheduler):
         self.marks["fork"] += num_forked
         self.marks["no block left to fork into"] += num_followers - num_forked
 
-    def _preempt(self, sequence: Sequence) -> None:
-        if sequence is self.running[0]:
+    def preempt(self, sequence: Sequence) -> None:
+        if sequence.status is not RUNNING:
+            return
+        unit = [sequence] if sequence.beam is None else sequence.beam.group.live
+        if self.running[0] in unit:
             raise InvariantError("I19", f"the oldest is preempted: {sequence}")
         marks, ref_counts = self.marks, self.blocks.pool.ref_counts
+        marks["preemption of a beam group"] += sequence.beam is not None and len(unit) > 1
         marks["preemption"] += 1
         marks["preemption of a leader with followers"] += bool(sequence.followers)
         marks["preemption of a pinned sequence"] += sequence.num_preemptions >= self.max_preemptions
-        held = set(sequence.block_table.held_block_ids())
+        held = {block_id for member in unit for block_id in member.block_table.held_block_ids()}
         marks["preemption of shared blocks"] += any(ref_counts[block_id] > 1 for block_id in held)
-        super()._preempt(sequence)
+        super().preempt(sequence)
         freed = {block_id for block_id in held if ref_counts[block_id] == 0}
         if not freed:
             self._freed_nothing.append(held)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quire.config import SchedulerConfig
 from quire.sampling_params import SamplingParams
 from quire.scheduler.request import Request
+from simulation.beam_oracle import PairStops
 
 EOS = 0
 
@@ -28,6 +29,8 @@ class Swarm:
     submit: float
     abort: float
     reset: float
+    beams: float
+    """Share of the requests that are beam searches."""
     poison: float
     """Probabilities a step."""
     score: float
@@ -69,6 +72,7 @@ def draw_swarm(rng: random.Random) -> Swarm:
         submit=rng.choice((0.3, 0.6, 0.9)),
         abort=rng.choice((0.0, 0.02, 0.1)),
         reset=rng.choice((0.0, 0.0, 0.02)),
+        beams=rng.choice((0.0, 0.0, 0.2, 0.6)),
         poison=rng.choice((0.0, 0.0, 0.03)),
         score=rng.choice((0.0, 0.0, 0.2, 0.6)),
     )
@@ -97,6 +101,10 @@ def draw_request(rng: random.Random, swarm: Swarm, request_id: str) -> Request:
         stop_token_ids=rng.choice(((), (), (), (1,), (EOS,))),
         ignore_eos=random_number() < 0.7,
     )
+    stop_texts = None
+    if max_tokens and random_number() < swarm.beams:
+        params = draw_beam_search(rng, swarm, params)
+        stop_texts = rng.choice((None, None, PairStops((0, 1)), PairStops((2, 2))))
     return Request(
         request_id=request_id,
         prompt_token_ids=prompt,
@@ -105,4 +113,17 @@ def draw_request(rng: random.Random, swarm: Swarm, request_id: str) -> Request:
         eos_token_ids=(EOS,),
         priority=rng.getrandbits(2),
         cache_salt=rng.choice(swarm.salts),
+        stop_texts=stop_texts,
+    )
+
+
+def draw_beam_search(rng: random.Random, swarm: Swarm, params: SamplingParams) -> SamplingParams:
+    width = rng.randint(1, min(5, swarm.config.max_num_seqs))
+    return replace(
+        params,
+        use_beam_search=True,
+        n=rng.randint(1, width),
+        best_of=width,
+        length_penalty=rng.choice((0.0, 0.5, 1.0, 1.0, 2.0, -1.0)),
+        early_stopping=rng.choice((False, True, "never")),
     )

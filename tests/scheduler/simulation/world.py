@@ -21,6 +21,12 @@ KEYS_EVERY = 16
 """Steps between two recomputations of all keys; all other checks run at every step."""
 
 
+def num_wanted(sequences: list[Sequence]) -> int:
+    """Choices of one request that are still to be told something."""
+    group = sequences[0].beam.group if sequences[0].beam is not None else None
+    return len(sequences) if group is None else group.request.params.n - len(group.unwanted)
+
+
 @dataclass(slots=True)
 class Choice:
     """What the outside has been told of one choice of one request."""
@@ -56,7 +62,9 @@ class World:
         except AdmissionError as error:
             self.marks[f"refused: {error.code}"] += 1
             return
-        for sequence in self.scheduler.live[request.request_id]:
+        sequences = self.scheduler.live[request.request_id]
+        num_choices = request.params.n if request.params.use_beam_search else len(sequences)
+        for sequence in sequences[:num_choices]:
             self.open[request.request_id, sequence.choice_index] = Choice(request, sequence, [])
 
     def abort(self, request_id: str, choice_index: int | None, moment: str) -> None:
@@ -94,13 +102,15 @@ class World:
         self._check_scheduled(batch)
         poisoned = poison(batch)
         sampled = self.ghost.forward(batch, poisoned)
+        poisoned_request = None if poisoned is None else poisoned.request_id
+        poisoned_is_beam = poisoned is not None and poisoned.beam is not None
         progress = [
             (sequence, (sequence.num_computed_tokens + num_tokens, sequence.num_preemptions))
             for sequence, num_tokens in zip(batch.sequences, batch.num_scheduled_tokens, strict=True)
         ]
         in_flight()
         outputs = scheduler.update(batch, sampled)
-        self._take(outputs, poisoned)
+        self._take(outputs, poisoned, poisoned_request if poisoned_is_beam else None)
         self._progress.update((sequence, done) for sequence, done in progress if sequence.status is RUNNING)
         invariants.check_pool(scheduler)
         self._check_cached_content()
@@ -125,7 +135,7 @@ class World:
         invariants.check_prefix_cache(scheduler)
         if self.num_steps % KEYS_EVERY == 0:
             invariants.check_keys(scheduler)
-        num_live = sum(map(len, scheduler.live.values()))
+        num_live = sum(map(num_wanted, scheduler.live.values()))
         if num_live != len(self.open):
             raise InvariantError("I16", f"{num_live} choices are live, {len(self.open)} should be")
         invariants.check_batch(scheduler, batch)
@@ -147,10 +157,13 @@ class World:
     ) -> None:
         """A sequence that is not where the last step left it: admitted, forked, or back after a preemption."""
         computed, num_preemptions = sequence.num_computed_tokens, sequence.num_preemptions
-        if done is not None and num_preemptions <= done[1]:
+        if done is not None and num_preemptions <= done[1] and (sequence.beam is None or computed < done[0]):
             raise InvariantError("I9", f"{done} were computed: {sequence}")
         self.max_preemptions_seen = max(self.max_preemptions_seen, num_preemptions)
         is_fork = sequence.choice_index > 0 and computed == sequence.num_prompt_tokens - 1
+        if sequence.beam is not None and computed >= sequence.num_prompt_tokens:
+            is_fork = True
+            self.marks["beam forks" if num_preemptions == 0 else "beam forks after a preemption"] += 1
         if first_waiting is not None and first_waiting < sequence.order and not is_fork:
             raise InvariantError("I18", f"overtook the head of the queue: {sequence}")
         marks, table = self.marks, sequence.block_table
@@ -170,7 +183,7 @@ class World:
             marks["hit after a preemption"] += num_preemptions > 0
             marks["hit behind the window"] += table.num_released > 0
 
-    def _take(self, outputs: list[StepOutput], poisoned: Sequence | None) -> None:
+    def _take(self, outputs: list[StepOutput], poisoned: Sequence | None, poisoned_search: str | None) -> None:
         for output in outputs:
             key = (output.request_id, output.choice_index)
             choice = self.open.get(key)
@@ -181,7 +194,8 @@ class World:
             if output.finish_reason is not None:
                 self._end(key)
                 self.marks[f"finish: {output.finish_reason.value}"] += 1
-                self._compare(choice, output, choice.sequence is poisoned)
+                failed = choice.sequence is poisoned or output.request_id == poisoned_search
+                self._compare(choice, output, failed)
 
     def _check_told(self, choice: Choice, output: StepOutput) -> None:
         """I29: once, before anybody's end but by failure, and the right numbers."""
@@ -197,21 +211,28 @@ class World:
 
     def _compare(self, choice: Choice, output: StepOutput, poisoned: bool) -> None:
         """The differential oracle, I25: what the request alone, without a cache, would have been told."""
-        token_ids, finish_reason, stop_reason = oracle(
+        token_ids, finish_reason, stop_reason, log_prob = oracle(
             choice.request,
             output.choice_index,
             choice.sequence.max_num_tokens,
             self.config.sliding_window,
             self.vocab_size,
         )
-        if poisoned:
+        if poisoned or finish_reason is FinishReason.ERROR:
             finish_reason, stop_reason, token_ids = FinishReason.ERROR, None, token_ids[: len(choice.token_ids)]
-        told = (choice.token_ids, output.finish_reason, output.stop_reason)
-        if told != (token_ids, finish_reason, stop_reason):
-            raise InvariantError("I25", f"{told} instead of {token_ids}, {finish_reason}, {stop_reason}")
+            log_prob = None
+        told = (choice.token_ids, output.finish_reason, output.stop_reason, output.cumulative_log_prob)
+        expected = (token_ids, finish_reason, stop_reason, log_prob)
+        if choice.request.params.use_beam_search:
+            self.marks["finish of a beam"] += 1
+            self.marks["finish of a beam that never was"] += not token_ids
+        if told != expected:
+            raise InvariantError("I25", f"{told} instead of {expected}")
 
     def _end(self, key: tuple[str, int]) -> None:
         sequence = self.open.pop(key).sequence
+        if sequence.request_id in self.scheduler.live and sequence.beam is not None:
+            return  # other choices of the search are still wanted
         self._progress.pop(sequence, None)
         self.ghost.forget(sequence)
         if sequence.status is not FINISHED:
