@@ -7,12 +7,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from quire.sampling_params import MAX_LOGPROBS, MAX_SPECULATIVE_TOKENS
+
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 SchedulingPolicy = Literal["fcfs", "priority"]
-
-MAX_SPECULATIVE_TOKENS = 16
-"""As in quire.sampling_params, where it bounds what a request may ask for: leaves import nothing."""
 MAX_NGRAM = 16
 
 
@@ -86,10 +85,10 @@ class EngineConfig:
     enable_chunked_prefill: bool = True
     scheduling_policy: SchedulingPolicy = "fcfs"
     speculative_config: SpeculativeConfig = SpeculativeConfig()
+    max_logprobs: int = MAX_LOGPROBS
+    """Most entries of `logprobs` and `prompt_logprobs`; the KV-cache keeps so many for each prompt token it scores."""
     num_threads: int | None = None
     """CPU threads of the engine process."""
-    max_logprobs: int = 20
-    """Most `logprobs` and `prompt_logprobs` that a request may ask for."""
 
     def __post_init__(self) -> None:
         require_power_of_two("--block-size", self.block_size, 8, 256)
@@ -103,8 +102,8 @@ class EngineConfig:
         ):
             if value is not None and value < low:
                 raise ConfigError(f"{flag} must be at least {low}, not {value}.")
-        if not 0 <= self.max_logprobs <= 20:
-            raise ConfigError(f"--max-logprobs must be from 0 to 20, not {self.max_logprobs}.")
+        if not 0 <= self.max_logprobs <= MAX_LOGPROBS:
+            raise ConfigError(f"--max-logprobs must be from 0 to {MAX_LOGPROBS}, not {self.max_logprobs}.")
         if not (math.isfinite(self.gpu_memory_utilization) and 0 < self.gpu_memory_utilization <= 1):
             raise ConfigError(f"--gpu-memory-utilization must be in (0, 1], not {self.gpu_memory_utilization}.")
 

@@ -165,6 +165,8 @@ class SamplingParams:
             _integer("max_tokens", self.max_tokens, 0, 2**31 - 1)
             if self.max_tokens == 0 and self.prompt_logprobs is None:
                 raise InvalidParameterError("max_tokens", "max_tokens must be at least 1, or 0 with prompt_logprobs.")
+            if self.max_tokens == 0 and self.use_beam_search:
+                raise InvalidParameterError("max_tokens", "max_tokens must be at least 1 with use_beam_search.")
         _integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidParameterError("min_tokens", "min_tokens must not be larger than max_tokens.")

@@ -11,7 +11,8 @@ class BatchBuilder:
     """Takes sequences in the order they are scheduled and sorts them into the order of a batch.
 
     That order is: one token and it samples; one token and it does not (a chunk cut short by the budget); more tokens;
-    one token and drafts.
+    one token and drafts. A prompt that is scored goes with those of more tokens even by single ones: its numbers must
+    not depend on how it was cut, and the engine attends for decodes with another kernel.
     """
 
     __slots__ = ("_chunks", "_single_chunks", "budget", "decodes", "drafted", "started")
@@ -33,7 +34,7 @@ class BatchBuilder:
         return not (self.decodes or self._single_chunks or self._chunks or self.drafted)
 
     def add(self, sequence: Sequence, num_tokens: int) -> None:
-        if num_tokens > 1:
+        if num_tokens > 1 or sequence.scoring_depth is not None:
             self._chunks.append((sequence, num_tokens))
         elif sequence.num_computed_tokens + 1 == len(sequence.token_ids):
             self.decodes.append(sequence)

@@ -29,11 +29,13 @@ I24  Only full blocks are cached; equal keys mean equal prefixes.
 I25  Caching, chunking and preemption never change a token.
 I26  What a failed step wrote is never found.
 I28  A block that several tables share is at the same position in all of them.
+I29  A request is told the log-probabilities of its prompt once, and those that the prompt alone would have been told.
+I30  A block that is cached with log-probabilities has them, to its depth, and a deeper block takes over its key.
 
 I2, I4, I13 and I14 are O(1) and checked in production, where the numbers change. `check_integrity` and `check_batch`
 walk what can be seen in the bookkeeping of one moment; the simulator in tests/scheduler adds contents of pages (I11,
-I25, I26) and the order of events (I9, I16, I17, I19, I21). Not here: I22 (a child is evicted before its parent) does
-not always hold, and I27 needs adapters.
+I25, I26, I29, I30) and the order of events (I9, I16, I17, I19, I21). Not here: I22 (a child is evicted before its
+parent) does not always hold, and I27 needs adapters.
 """
 
 from __future__ import annotations
@@ -110,7 +112,7 @@ def check_pool(scheduler: Scheduler) -> None:
 
 
 def check_prefix_cache(scheduler: Scheduler) -> None:
-    """I1 and I6: keys and cached blocks are a bijection."""
+    """I1, I6 and I30: keys and cached blocks are a bijection, and only cached blocks count as scored."""
     cache = scheduler.blocks.prefix_cache
     cached = cache.items()
     for key, block_id in cached:
@@ -118,6 +120,9 @@ def check_prefix_cache(scheduler: Scheduler) -> None:
             raise InvariantError("I6", f"block {block_id} is found by a key that is not its own")
     if cache.num_keyed_blocks() != len(cached):
         raise InvariantError("I6", "a block has a key by which it is not found")
+    for block_id in range(scheduler.config.num_blocks):
+        if cache.depth_of(block_id) is not None and cache.key_of(block_id) is None:
+            raise InvariantError("I30", f"block {block_id} is not cached, but its log-probabilities are")
     if cache.key_of(NULL_BLOCK) is not None:
         raise InvariantError("I1", "the null block is cached")
 
@@ -218,7 +223,11 @@ def check_batch(scheduler: Scheduler, batch: ScheduledBatch) -> None:
         raise InvariantError("I17", "the step computes nothing")
     check_limits(scheduler.config, batch.num_tokens, len(scheduler.running))
     counts = batch.num_scheduled_tokens
-    if min(counts) < 1 or len(set(batch.sequences)) != len(counts) or counts.count(1) != batch.num_decodes:
+    num_decodes = sum(
+        num_tokens == 1 and sequence.scoring_depth is None
+        for sequence, num_tokens in zip(batch.sequences, counts, strict=True)
+    )
+    if min(counts) < 1 or len(set(batch.sequences)) != len(counts) or num_decodes != batch.num_decodes:
         raise InvariantError("I14", f"token counts {counts}, of which {batch.num_decodes} decodes")
     sampling = []
     for position, (sequence, num_tokens) in enumerate(zip(batch.sequences, counts, strict=True)):
@@ -238,6 +247,8 @@ def check_batch(scheduler: Scheduler, batch: ScheduledBatch) -> None:
         for block_id in sequence.block_table.block_ids[start // block_size : (end - 1) // block_size + 1]:
             if pool.ref_counts[block_id] != 1 or cache.key_of(block_id) is not None:
                 raise InvariantError("I10", f"writes to block {block_id}, which others may read: {sequence}")
+    if any(sequence.scoring_depth is not None for sequence in batch.sequences[: batch.num_decodes]):
+        raise InvariantError("I14", "a prompt that is scored goes with the decodes")
     if sampling != batch.sampling or any(count != 1 for count in counts[: batch.num_decodes]):
         raise InvariantError("I23", f"rows {batch.sampling} sample instead of {sampling}")
     if list(batch.drafts) != sampling[len(sampling) - len(batch.drafts) :]:

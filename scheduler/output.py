@@ -34,17 +34,18 @@ class BlockTableUpdate:
 
 @dataclass(slots=True)
 class ScheduledBatch:
-    """Who computes how many tokens in one step. Rows with one token come first; all fields set by `schedule()`.
+    """Who computes how many tokens in one step. Decodes come first; all fields set by `schedule()`.
 
     `sequences[i]` computes `num_scheduled_tokens[i]` of its tokens, from `num_computed_tokens` on. The sequences are
-    the scheduler's own: the engine reads `row`, `token_ids`, `num_computed_tokens` and `request` and writes nothing.
+    the scheduler's own: the engine reads `row`, `token_ids`, `num_computed_tokens`, `scoring_depth`, `block_table` and
+    `request` and writes nothing.
     """
 
     step_id: int
     sequences: list[Sequence]
     num_scheduled_tokens: list[int]
     num_decodes: int
-    """How many leading sequences compute exactly one token."""
+    """How many leading sequences compute exactly one token; of the others, only scored prompts may."""
     sampling: list[int]
     """Indices into `sequences` of those whose last known token is computed in this step: they sample."""
     block_copies: list[tuple[int, int]] = field(default_factory=list)
@@ -60,6 +61,11 @@ class ScheduledBatch:
     @property
     def num_tokens(self) -> int:
         return sum(self.num_scheduled_tokens)
+
+    @property
+    def num_sampled_rows(self) -> int:
+        """Rows of logits to sample from: one for each of `sampling`, and one behind each draft."""
+        return len(self.sampling) + sum(map(len, self.drafts.values()))
 
 
 @dataclass(slots=True)

@@ -39,6 +39,7 @@ class Sequence:
         "request",
         "request_id",
         "row",
+        "scoring_depth",
         "status",
         "stop_token_ids",
         "token_ids",
@@ -78,6 +79,8 @@ class Sequence:
         """Set if this is a seat of a beam search."""
         self.leader: Sequence | None = None
         self.followers: list[Sequence] = []
+        self.scoring_depth = params.prompt_logprobs
+        """Entries at each prompt position that the request asks for, until it was told them; None: it does not ask."""
         self.max_num_tokens = max_num_tokens
         self.max_num_drafts = 0
         """Most tokens that are guessed in a step; set by the speculator."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import CodeType
 
 from quire.scheduler import admission, scheduler, speculation
+from quire.scheduler.batch_builder import BatchBuilder
 from quire.scheduler.block_manager import BlockManager
 from quire.scheduler.block_pool import BlockPool
 from quire.scheduler.block_table import BlockTable
@@ -115,7 +116,11 @@ MUTANTS = [
         ("self._keys[block_id] = None", "pass"),
     ),
     mutant(
-        "I6", "a second block takes over a key", PrefixCache, "insert", ("if key not in self._block_ids:", "if True:")
+        "I6",
+        "a block that is replaced keeps its key",
+        PrefixCache,
+        "insert",
+        ("self.forget(holder)", "pass"),
     ),
     mutant(
         "I6",
@@ -171,8 +176,7 @@ MUTANTS = [
         "a partial block is shared, not copied",
         BlockTable,
         "fork",
-        ("self.block_ids[:num_shared]", "self.block_ids[: -(-num_tokens // self._block_size)]"),
-        ("(table.copy_target,) = table.grow(1)", "num_tokens % self._block_size or table.grow(1)"),
+        ("table.adopt_and_copy_last(", "table.adopt("),
     ),
     mutant(
         "I10",
@@ -196,7 +200,7 @@ MUTANTS = [
     ),
     mutant("I11", "the salt is missing from the key", PrefixCache, "root_key", ('("salt", salt)', '("salt", "")')),
     mutant(
-        "I11",
+        "I24",
         "the block before is missing from the key",
         PrefixCache,
         "extend_keys",
@@ -208,6 +212,20 @@ MUTANTS = [
         Scheduler,
         "preempt",
         ("sequence.num_computed_tokens = 0", "pass"),
+    ),
+    mutant(
+        "I11",
+        "the copy that a hit goes on in is not handed out",
+        BlockManager,
+        "start",
+        ("self._copying.append(table)", "pass"),
+    ),
+    mutant(
+        "I11",
+        "a copy goes into the last block of a table that has grown",
+        BlockTable,
+        "take_copy",
+        ("self.copy_target)", "self.block_ids[-1])"),
     ),
     mutant("I13", "the rows of followers are lost", Scheduler, "_orphan_followers", ("self.free_rows += ", "_ = ")),
     mutant(
@@ -223,6 +241,13 @@ MUTANTS = [
         Scheduler,
         "_schedule_waiting",
         ("builder.budget -= num_tokens", "pass"),
+    ),
+    mutant(
+        "I14",
+        "a prompt that is scored goes with the decodes",
+        BatchBuilder,
+        "add",
+        ("num_tokens > 1 or sequence.scoring_depth is not None", "num_tokens > 1"),
     ),
     mutant(
         "I15", "a preempted sequence stays in running", Scheduler, "preempt", ("self.running.remove(sequence)", "pass")
@@ -269,6 +294,13 @@ MUTANTS = [
         Scheduler,
         "_schedule_waiting",
         ("1 + len(sequence.followers)", "2 + len(sequence.followers)"),
+    ),
+    mutant(
+        "I17",
+        "a hit takes a block more than the pool has",
+        BlockManager,
+        "_find_scored_prefix",
+        ("> self._num_usable_blocks", "> self._num_usable_blocks + 1"),
     ),
     mutant(
         "I18",
@@ -345,6 +377,13 @@ MUTANTS = [
         ),
     ),
     mutant(
+        "I25",
+        "a token is told of a request that asks for none",
+        Scheduler,
+        "update",
+        ("[token_id] if end < sequence.max_num_tokens else []", "[token_id]"),
+    ),
+    mutant(
         "I26",
         "a failed step's blocks are cached",
         Scheduler,
@@ -359,7 +398,59 @@ MUTANTS = [
         "a fork shares blocks in another order",
         BlockTable,
         "fork",
-        ("self.block_ids[:num_shared]", "self.block_ids[:num_shared][::-1]"),
+        ("table.adopt(self.block_ids[:num_shared])", "table.adopt(self.block_ids[:num_shared][::-1])"),
+    ),
+    mutant(
+        "I29",
+        "a hit ignores how deep is stored",
+        PrefixCache,
+        "find_scored",
+        ("not _reaches(self._depths[block_id], depth)", "self._depths[block_id] is None"),
+    ),
+    mutant(
+        "I29",
+        "a hit ignores whether anything is stored",
+        PrefixCache,
+        "find_scored",
+        ("or not _reaches(self._depths[block_id], depth)", ""),
+    ),
+    mutant(
+        "I29",
+        "the token before the boundary is not computed again",
+        BlockManager,
+        "_find_scored_prefix",
+        ("num_blocks = num_tokens //", "num_blocks = (num_tokens - 1) //"),
+        ("* self.block_size - 1, copies_last=True)", "* self.block_size)"),
+    ),
+    mutant(
+        "I29",
+        "every choice tells the prompt",
+        Scheduler,
+        "end_scoring",
+        ("self.live[sequence.request_id]", "[sequence]"),
+    ),
+    mutant(
+        "I30",
+        "a deeper block does not take over",
+        PrefixCache,
+        "insert",
+        ("depth is None or _reaches(self._depths[holder], depth)", "True"),
+    ),
+    mutant(
+        "I30",
+        "a block beyond the prompt counts as scored",
+        BlockManager,
+        "cache_full_blocks",
+        ("sequence.num_prompt_tokens // self.block_size", "last"),
+        ("0 if sequence.scoring_depth is None else ", ""),
+        ("sequence.scoring_depth if index", "sequence.request.params.prompt_logprobs if index"),
+    ),
+    mutant(
+        "I30",
+        "a block that is handed out anew keeps its depth",
+        PrefixCache,
+        "forget",
+        ("self._depths[block_id] = None", "pass"),
     ),
     mutant(
         "I8",

@@ -41,6 +41,7 @@ LEAST = {
     "hit after a preemption": 1000,
     "hit behind the window": 1000,
     "hit on another request's block": 10000,
+    "key taken over by a deeper block": 5000,
     "look-ahead block": 10000,
     "no block left to fork into": 1000,
     "preemption": 10000,
@@ -50,6 +51,10 @@ LEAST = {
     "refused: context_length_exceeded": 100,
     "refused: kv_cache_exceeded": 100,
     "refused: n_too_large": 100,
+    "scoring hit": 5000,
+    "scoring hit after a preemption": 100,
+    "scoring hit on a copied block": 5000,
+    "scoring hit with a window": 1000,
     "sits out a step": 100,
     "wrong draft overwritten": 10000,
 }

@@ -48,15 +48,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         shared=st.integers(0, 12),
         own=st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=4),
         n=st.integers(1, 3),
-        max_tokens=st.one_of(st.none(), st.integers(1, 6)),
+        max_tokens=st.one_of(st.none(), st.integers(0, 6)),
+        depth=st.sampled_from([None, None, 0, 2]),
         stop=st.sampled_from([(), (1,)]),
         priority=st.integers(0, 1),
         salt=st.sampled_from(["", "salt"]),
         seed=st.integers(0, 2),
         num_drafts=st.sampled_from([0, 1, 3]),
     )
-    def submit(self, shared, own, n, max_tokens, stop, priority, salt, seed, num_drafts) -> None:
-        params = SamplingParams(n=n, max_tokens=max_tokens, stop_token_ids=stop, num_speculative_tokens=num_drafts)
+    def submit(self, shared, own, n, max_tokens, depth, stop, priority, salt, seed, num_drafts) -> None:
+        if max_tokens == 0 and depth is None:
+            depth = 1
+        params = SamplingParams(
+            n=n,
+            max_tokens=max_tokens,
+            prompt_logprobs=depth,
+            stop_token_ids=stop,
+            num_speculative_tokens=num_drafts,
+        )
         self.world.submit(
             Request(
                 request_id=str(self.num_requests),
