@@ -19,7 +19,7 @@ from quire.kernels.cpu_probability import (
     scale_row,
     select_threshold,
 )
-from quire.kernels.cpu_workers import Worker, row_threads
+from quire.kernels.cpu_workers import KEPT_MEMORY, Worker, row_threads
 
 # A call's parameters: their places in the int64 array that its threads share. Strides are in elements.
 (
@@ -142,12 +142,12 @@ def sample(
     scratch_size = 8 * (2 * BLOCK + NUM_BUCKETS + num_blocks) + 4 * (2 * num_blocks * BLOCK + num_blocks)
     scratch_size = -(-scratch_size // 64) * 64
     num_threads = row_threads(logits.numel()) if num_rows > 1 else 1
-    scratch = torch.empty(num_threads * scratch_size, dtype=torch.uint8)
+    scratch = KEPT_MEMORY.address(num_threads * scratch_size)
     parameters = np.array(
         [
             *(0, 0, logits.data_ptr(), logits.stride(0), num_rows, vocab_size),
-            *(tensor.data_ptr() for tensor in (temperature, top_k, top_p, min_p, uniform, out, scratch)),
-            scratch_size,
+            *(tensor.data_ptr() for tensor in (temperature, top_k, top_p, min_p, uniform, out)),
+            *(scratch, scratch_size),
         ],
         np.int64,
     )
