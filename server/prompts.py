@@ -35,7 +35,7 @@ async def plan_jobs(context: ServerContext, request: CompletionRequest) -> list[
     Bounds that need no tokens are checked first: nothing is compiled or tokenized for a request that is refused anyway.
     """
     info, tokenizer = context.client.info, context.client.tokenizer
-    constraint = constraint_of(request)
+    constraint = await constraint_of(request, context.off_loop)
     params = _checked_params(context, request, constraint)
     texts, id_lists = _split_prompt(request)
     for each in texts:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 from quire.engine.grammar.compiler import GrammarCompiler, GrammarRefused
 from quire.grammar import MAX_CHOICE_BYTES, MAX_SCHEMA_BYTES, Grammar, GrammarError, GrammarKind
+from quire.server.body import OffLoop
 from quire.server.errors import ApiError
 from quire.server.schemas import CompletionRequest, ResponseFormat, StructuredOutputs
 
+_LARGE: Final = 2**32
+"""Bytes: what a parsed object takes is not known before it is written."""
 _ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 _FIELDS: Final[tuple[tuple[str, GrammarKind], ...]] = (
     ("guided_json", "json_schema"),
@@ -44,8 +48,8 @@ class _Given(NamedTuple):
     value: Any
 
 
-def constraint_of(request: CompletionRequest) -> Constraint | None:
-    """The constraint of a request, if it has one.
+async def constraint_of(request: CompletionRequest, off_loop: OffLoop) -> Constraint | None:
+    """The constraint of a request, if it has one. A schema of 64 KiB takes tens of milliseconds to check.
 
     Raises:
         ApiError: it is malformed, larger than its bounds, not supported, or there is more than one.
@@ -54,7 +58,7 @@ def constraint_of(request: CompletionRequest) -> Constraint | None:
     if len(given) > 1:
         reason = f"{given[1].param} and {given[0].param} are two constraints on the text; only one can be followed."
         raise ApiError("invalid_value", param=given[1].param, reason=reason)
-    return _constraint(*given[0]) if given else None
+    return await off_loop(partial(_constraint, *given[0]), _LARGE) if given else None
 
 
 async def check_constraint(compiler: GrammarCompiler, constraint: Constraint) -> None:
