@@ -53,7 +53,9 @@ class Quire:
     @property
     def children(self) -> list[int]:
         """The engine, and from a moment after the start those that check grammars."""
-        return [int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
+        return [
+            int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        ]
 
     def complete(self, **body: Any) -> httpx.Response:
         return self.http.post("/v1/completions", json={"prompt": "Once upon a time", "max_tokens": 16, **body})
