@@ -49,6 +49,7 @@ check: $(STAMP) ## lint, format, strict types, layering
 bench: $(STAMP) ## measure the scheduler and the kernels on this machine
 	$(BIN)/python benchmarks/paging.py
 	$(BIN)/python benchmarks/step_overhead.py
+	$(BIN)/python benchmarks/speculation.py
 	$(BIN)/python benchmarks/kernels.py
 
 size: ## lines per file, longest first; functions over 60 lines

@@ -11,17 +11,21 @@ import torch
 
 from quire.config import EngineConfig, SchedulerConfig
 from quire.engine.device import choose_device, choose_dtype, dtype_name
+from quire.engine.grammar.factory import GrammarFactory
 from quire.engine.inputs import InputBuilder
 from quire.engine.kv_storage import KVStorage
 from quire.engine.memory import plan_memory
 from quire.engine.messages import EngineInfo
+from quire.engine.prompt_log_probs import PromptLogProbs
 from quire.engine.sampler import Sampler
 from quire.engine.stop_texts import StopTextsFactory
 from quire.engine.warm_up import warm_up
+from quire.grammar import Grammar, GrammarError
 from quire.models.config import ModelConfig
 from quire.models.loading import load_model
+from quire.sampling_params import InvalidParameterError, SamplingParams
 from quire.scheduler.output import SchedulerStats, StepOutput
-from quire.scheduler.request import Request
+from quire.scheduler.request import AdmissionError, Request
 from quire.scheduler.scheduler import Scheduler
 
 DEFAULT_MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
@@ -68,9 +72,14 @@ class Engine:
             device=device,
             max_num_seqs=max_num_seqs,
         )
-        self._kv = KVStorage(model_config, budget.num_blocks, config.block_size, dtype, device)
+        max_logprobs = min(config.max_logprobs, model_config.vocab_size)
+        self._kv = KVStorage(
+            model_config, budget.num_blocks, config.block_size, dtype, device, max_logprobs=max_logprobs
+        )
         self._inputs = InputBuilder(max_num_seqs, budget.max_model_len, config.block_size, device)
-        self._sampler = Sampler(max_num_seqs)
+        self._grammars = GrammarFactory(directory, model_config.vocab_size, model_config.eos_token_ids)
+        self._sampler = Sampler(max_num_seqs, self._grammars)
+        self._prompt_log_probs = PromptLogProbs(self._kv.log_probs, max_num_seqs, model_config.vocab_size)
         self._stop_texts = StopTextsFactory(directory)
         self._scheduler = Scheduler(
             SchedulerConfig(
@@ -83,6 +92,7 @@ class Engine:
                 enable_chunked_prefill=config.enable_chunked_prefill,
                 policy=config.scheduling_policy,
                 sliding_window=model_config.uniform_window,
+                speculative_config=config.speculative_config,
                 cache_namespace=f"{config.model}|{dtype}|{secrets.token_hex(16)}",
             )
         )
@@ -100,6 +110,7 @@ class Engine:
             dtype=dtype_name(dtype),
             device=device.type,
             enable_prefix_caching=config.enable_prefix_caching,
+            max_logprobs=max_logprobs,
             memory_budget=budget.lines,
         )
         progress("kernels", 0, 1)
@@ -117,19 +128,41 @@ class Engine:
         inputs = self._inputs.build(batch)
         self._kv.copy_blocks(batch.block_copies)
         hidden = self._model.forward(inputs, self._kv.layers)
-        sampled = self._sampler.sample(self._model.logits(hidden), batch)
+        num_rows = batch.num_sampled_rows
+        sampled = self._sampler.sample(self._model.logits(hidden[:num_rows]), batch)
+        self._prompt_log_probs.collect(hidden[num_rows:], batch, sampled, self._model.logits)
         return self._scheduler.update(batch, sampled)
 
     def add(self, request: Request) -> None:
         """Queue a request.
 
         Raises:
-            AdmissionError: it can never run here.
-            InvalidParameterError: a token id of its parameters lies outside the vocabulary.
+            AdmissionError: it can never run here, or its grammar cannot be used.
+            InvalidParameterError: a token id of its parameters lies outside the vocabulary, or it asks for more
+                log-probabilities than the engine gives.
         """
         request.params.check_vocabulary(self.info.vocab_size)
+        self._check_logprobs(request.params)
+        if request.params.grammar is not None:
+            self._check_grammar(request.params.grammar)
         stop_texts = self._stop_texts.create(request.params)
         self._scheduler.add(request if stop_texts is None else replace(request, stop_texts=stop_texts))
+
+    def _check_grammar(self, grammar: Grammar) -> None:
+        """Compiles it, unless it is still kept, so that a step only makes a copy."""
+        if not self.info.eos_token_ids:
+            message = "This model has no end of sequence, by which a grammar ends."
+            raise AdmissionError(message, code="structured_output_unavailable", param="grammar")
+        try:
+            self._grammars.create(grammar)
+        except GrammarError as error:
+            raise AdmissionError(str(error), code=error.code, param="grammar") from error
+
+    def _check_logprobs(self, params: SamplingParams) -> None:
+        limit = self.info.max_logprobs
+        for name, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+            if count is not None and count > limit:
+                raise InvalidParameterError(name, f"{name} is at most {limit} here (--max-logprobs).")
 
     def abort(self, request_id: str, choice_index: int | None = None) -> None:
         self._scheduler.abort(request_id, choice_index)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
+from quire.engine.prompt_log_probs import ROW_MULTIPLE, scored_chunks
+from quire.engine.sample_rows import sample_indices
 from quire.models.forward_batch import ForwardBatch
 from quire.scheduler.output import ScheduledBatch
 
@@ -14,7 +17,11 @@ Int64Array = npt.NDArray[np.int64]
 
 
 class InputBuilder:
-    """Keeps all rows' block tables, [max_num_seqs, max_num_blocks] int32, and changes only what a step changed."""
+    """Keeps all rows' block tables, [max_num_seqs, max_num_blocks] int32, and changes only what a step changed.
+
+    Hidden states are wanted of the tokens that sample, in their order, and then of those whose logits score a prompt:
+    `prompt_log_probs.scored_chunks` has theirs.
+    """
 
     def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
         self._block_size = block_size
@@ -42,30 +49,58 @@ class InputBuilder:
         )
         max_seq_len = int(seq_lens.max())
         used_columns = -(-max_seq_len // self._block_size)
-        return ForwardBatch(
+        logits_indices = sample_indices(batch, query_start)
+        chunks = scored_chunks(batch)
+        if chunks:
+            parts = [np.arange(chunk.num_rows) + query_start[chunk.index] for chunk in chunks]
+            logits_indices = np.concatenate((logits_indices, *parts))
+        inputs = ForwardBatch(
             token_ids=self._to_device(_token_ids(batch)),
             positions=self._to_device(positions),
             slot_mapping=self._to_device(slot_mapping),
             block_tables=self._to_device(self._block_tables[rows, :used_columns]),
             seq_lens=self._to_device(seq_lens.astype(np.int32)),
             query_start=self._to_device(query_start.astype(np.int32)),
-            logits_indices=self._to_device(query_start[1:][batch.sampling] - 1),
+            logits_indices=self._to_device(logits_indices),
             num_decodes=batch.num_decodes,
             max_query_len=int(counts[batch.num_decodes :].max(initial=0)),
             max_seq_len=max_seq_len,
         )
+        return _padded(inputs) if chunks and self._device.type == "cpu" else inputs
 
     def _to_device(self, array: Int32Array | Int64Array) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
 
 
+def _padded(inputs: ForwardBatch) -> ForwardBatch:
+    """Fill up the tokens of a step that scores to a multiple of ROW_MULTIPLE, so that its numbers do not depend on how
+    many there are: with a sequence of zeros that lives in the null block.
+    """
+    num_tokens = len(inputs.token_ids)
+    count = -num_tokens % ROW_MULTIPLE
+    if count == 0:
+        return inputs
+    zeros, positions = torch.zeros(count, dtype=torch.int64), torch.arange(count)
+    last = torch.tensor([num_tokens + count], dtype=torch.int32)
+    inputs.token_ids = torch.cat((inputs.token_ids, zeros))
+    inputs.positions = torch.cat((inputs.positions, positions))
+    inputs.slot_mapping = torch.cat((inputs.slot_mapping, positions))
+    inputs.block_tables = F.pad(inputs.block_tables, (0, 0, 0, 1))
+    inputs.seq_lens = torch.cat((inputs.seq_lens, last - num_tokens))
+    inputs.query_start = torch.cat((inputs.query_start, last))
+    inputs.max_query_len = max(inputs.max_query_len, count)
+    inputs.max_seq_len = max(inputs.max_seq_len, count)
+    return inputs
+
+
 def _token_ids(batch: ScheduledBatch) -> Int64Array:
-    """The tokens to compute, [T] int64: decodes first, then the slices of the others."""
+    """The tokens to compute, [T] int64: decodes first, then the slices of the others, with drafts behind them."""
     decodes = batch.sequences[: batch.num_decodes]
     token_ids = [sequence.token_ids[sequence.num_computed_tokens] for sequence in decodes]
     for index in range(batch.num_decodes, len(batch.sequences)):
         sequence = batch.sequences[index]
         start = sequence.num_computed_tokens
         token_ids += sequence.token_ids[start : start + batch.num_scheduled_tokens[index]]
+        token_ids += batch.drafts.get(index, ())
     return np.array(token_ids, np.int64)

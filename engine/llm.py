@@ -15,6 +15,14 @@ from quire.engine.best_of import engine_params
 from quire.engine.engine import Engine
 from quire.engine.messages import EngineInfo
 from quire.engine.output_processor import OutputProcessor
+from quire.engine.scoring import (
+    ContinuationScore,
+    PerplexityResult,
+    encode_pair,
+    perplexity_result,
+    score_of_continuation,
+    windows,
+)
 from quire.engine.text_delta import TextDelta
 from quire.engine.tokenizer import Tokenizer, with_bad_word_ids
 from quire.models.hub import resolve_model
@@ -59,6 +67,9 @@ class RequestOutput:
     num_cached_tokens: int = 0
     prompt_logprobs: list[TokenLogProbs] | None = None
     """One for each prompt token but the first, if asked for."""
+
+
+SCORING = SamplingParams(max_tokens=0, prompt_logprobs=1)
 
 
 class LLM:
@@ -115,9 +126,74 @@ class LLM:
         each: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else [*prompts]
         params = self._one_for_each(sampling_params or SamplingParams(), len(each))
         results = [self._new_result(prompt, p) for prompt, p in zip(each, params, strict=True)]
-        processor = OutputProcessor(self.tokenizer)
+        self._run(results, params, OutputProcessor(self.tokenizer), "generating", show_progress)
+        return results
+
+    def score(
+        self, contexts: Sequence[str], continuations: Sequence[str], *, show_progress: bool = False
+    ) -> list[ContinuationScore]:
+        """How probable each continuation is after its context.
+
+        Contexts that begin alike are computed once, as long as the KV-cache has room for them: put them side by side.
+
+        Raises:
+            InvalidParameterError: a continuation has no token of its own.
+            AdmissionError: a pair is longer than the context length; nothing is cut off in silence.
+        """
+        if len(contexts) != len(continuations):
+            raise ValueError(f"There are {len(contexts)} contexts but {len(continuations)} continuations.")
+        pairs = [encode_pair(self.tokenizer, *pair) for pair in zip(contexts, continuations, strict=True)]
+        scored = self._score([token_ids for token_ids, _ in pairs], show_progress)
+        return [
+            score_of_continuation(entries, num_context_tokens)
+            for entries, (_, num_context_tokens) in zip(scored, pairs, strict=True)
+        ]
+
+    def perplexity(
+        self, text: str | Sequence[int], *, stride: int | None = None, show_progress: bool = False
+    ) -> PerplexityResult:
+        """How probable a text, or token ids, of any length is.
+
+        Args:
+            text: encoded with the special tokens that the tokenizer adds. Its first token is not scored.
+            stride: a text longer than the context is cut into windows that begin so many tokens after each other.
+                Smaller is slower and closer to what an unlimited context would give; None is the fastest.
+
+        Raises:
+            InvalidParameterError: there is nothing to score, or `stride` would leave tokens out.
+        """
+        token_ids = self.tokenizer.encode(text) if isinstance(text, str) else list(text)
+        cut = windows(len(token_ids), self._engine.info.max_model_len, stride)
+        scored = self._score([token_ids[window.start : window.end] for window in cut], show_progress)
+        log_probs = [
+            entry.log_prob
+            for entries, window in zip(scored, cut, strict=True)
+            for entry in entries[len(entries) - window.num_scored :]
+        ]
+        return perplexity_result(log_probs, token_ids, self.tokenizer.decode)
+
+    def _score(self, token_lists: list[list[int]], show_progress: bool) -> list[list[TokenLogProbs]]:
+        """Of all tokens but the first of each list, with the best token at each position."""
+        results = [self._new_result(token_ids, SCORING) for token_ids in token_lists]
+        self._run(results, [SCORING] * len(results), OutputProcessor(self.tokenizer), "scoring", show_progress)
+        scored = []
+        for result in results:
+            if result.prompt_logprobs is None:
+                raise RuntimeError("The model's logits are not finite.")
+            scored.append(result.prompt_logprobs)
+        return scored
+
+    def _run(
+        self,
+        results: list[RequestOutput],
+        params: list[SamplingParams],
+        processor: OutputProcessor,
+        label: str,
+        show_progress: bool,
+    ) -> None:
+        """Submit everything and step until it has ended; what comes is collected in `results`."""
         by_id = self._submit(results, params, processor)
-        columns = (TextColumn("generating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         try:
             with Progress(*columns, disable=not show_progress) as progress:
                 bar = progress.add_task("", total=len(results))
@@ -131,7 +207,6 @@ class LLM:
         finally:
             for request_id in by_id:
                 self._engine.abort(request_id)
-        return results
 
     def _new_result(self, prompt: str | Sequence[int], params: SamplingParams) -> RequestOutput:
         text = prompt if isinstance(prompt, str) else None

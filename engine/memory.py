@@ -10,6 +10,8 @@ import torch
 from quire.config import ConfigError, EngineConfig
 from quire.engine.device import dtype_name
 from quire.engine.kv_storage import bytes_per_block
+from quire.engine.log_prob_pages import log_prob_bytes_per_block
+from quire.engine.prompt_log_probs import MAX_LOGITS_BYTES
 from quire.models.config import ModelConfig
 
 CPU_SHARE_OF_FREE_MEMORY = 0.5
@@ -37,7 +39,9 @@ def plan_memory(
     Raises:
         ConfigError: the pool would be empty, or too small for the `max_model_len` that was asked for.
     """
-    block_bytes = bytes_per_block(model_config, config.block_size, dtype)
+    log_prob_bytes = log_prob_bytes_per_block(config.block_size, min(config.max_logprobs, model_config.vocab_size))
+    kv_bytes = bytes_per_block(model_config, config.block_size, dtype)
+    block_bytes = kv_bytes + (log_prob_bytes if device.type == "cpu" else 0)  # they are on the host
     wanted_len = config.max_model_len or model_config.max_position_embeddings
     activations = activation_bytes(config, model_config, dtype, max_num_seqs)
     free = free_memory_bytes(device, config.gpu_memory_utilization) - activations
@@ -62,8 +66,9 @@ def plan_memory(
     lines = [
         f"weights      {_mib(weight_bytes):>12}  {dtype_name(dtype)} on {device.type}",
         f"activations  {_mib(activations):>12}  {config.max_num_batched_tokens} tokens a step, {max_num_seqs} requests",
-        f"KV-cache     {_mib(num_blocks * block_bytes):>12}  {num_blocks - 1} blocks of {config.block_size} = "
+        f"KV-cache     {_mib(num_blocks * kv_bytes):>12}  {num_blocks - 1} blocks of {config.block_size} = "
         f"{pool_tokens} tokens",
+        f"log-probs    {_mib(num_blocks * log_prob_bytes):>12}  of scored prompts, at most; host memory",
         f"context      {max_model_len:>12}  tokens a sequence at most",
     ]
     return MemoryBudget(num_blocks, max_model_len, lines)
@@ -86,11 +91,14 @@ def _number_of_blocks(
 
 
 def activation_bytes(config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, max_num_seqs: int) -> int:
-    """Upper estimate of what a step holds beside weights and pages: a layer's inputs and outputs, and the logits."""
+    """Upper estimate of what a step holds beside weights and pages: a layer's inputs and outputs, and the logits, of
+    rows that sample and of prompts that are scored.
+    """
     heads = (model_config.num_heads + 2 * model_config.num_kv_heads) * model_config.head_dim
     per_token = 4 * model_config.hidden_size + 2 * heads + 3 * model_config.intermediate_size
-    logits = 4 * 4 * max_num_seqs * model_config.vocab_size
-    return config.max_num_batched_tokens * per_token * dtype.itemsize + logits
+    logits = 4 * 4 * config.speculative_config.num_logits_rows(max_num_seqs) * model_config.vocab_size
+    scored = 3 * min(MAX_LOGITS_BYTES, 4 * config.max_num_batched_tokens * model_config.vocab_size)
+    return config.max_num_batched_tokens * per_token * dtype.itemsize + logits + scored
 
 
 def free_memory_bytes(device: torch.device, utilization: float) -> int:

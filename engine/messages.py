@@ -62,6 +62,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     dtype: str
     device: str
     enable_prefix_caching: bool
+    max_logprobs: int
+    """Most entries of a request's `logprobs` and `prompt_logprobs`."""
     memory_budget: list[str]
     """The start-up memory budget, line by line, as printed."""
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from quire.engine.sample_rows import SampleRow
+from quire.engine.sampling_options import SampleRow
 from quire.sampling_params import SamplingParams
 
 
@@ -28,13 +28,16 @@ class TokenCounts:
             self._count(self.history[position], position >= num_prompt_tokens)
         self._num_seen = len(self.history)
 
-    @property
-    def token_ids(self) -> npt.NDArray[np.int64]:
-        return self._token_ids[: len(self._places)]
-
-    @property
-    def output_counts(self) -> npt.NDArray[np.float32]:
-        return self._output_counts[: len(self._places)]
+    def with_drafts(self, drafts: list[int]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """The tokens, each once, and how often each is in the output, if `drafts` were its last tokens."""
+        token_ids, counts = self._token_ids[: len(self._places)], self._output_counts[: len(self._places)]
+        if not drafts:
+            return token_ids, counts
+        new = [token_id for token_id in dict.fromkeys(drafts) if token_id not in self._places]
+        places = self._places | {token_id: len(self._places) + place for place, token_id in enumerate(new)}
+        counts = np.concatenate([counts, np.zeros(len(new), np.float32)])
+        np.add.at(counts, [places[token_id] for token_id in drafts], 1.0)
+        return np.concatenate([token_ids, np.array(new, np.int64)]), counts
 
     def _count(self, token_id: int, is_output: bool) -> None:
         place = self._places.setdefault(token_id, len(self._places))
@@ -61,10 +64,10 @@ class Penalties:
             return
         indices, token_ids, factors, subtrahends = [], [], [], []
         for row in rows:
-            counts = self._counts_of(row)
-            params, output_counts = row.params, counts.output_counts
+            params = row.params
+            own_token_ids, output_counts = self._counts_of(row).with_drafts(row.drafts)
             indices.append(np.full(len(output_counts), row.index))
-            token_ids.append(counts.token_ids)
+            token_ids.append(own_token_ids)
             factors.append(np.full(len(output_counts), params.repetition_penalty, np.float32))
             subtrahends.append(params.presence_penalty * (output_counts > 0) + params.frequency_penalty * output_counts)
         at = (_join(indices, logits), _join(token_ids, logits))
@@ -74,8 +77,9 @@ class Penalties:
 
     def _counts_of(self, row: SampleRow) -> TokenCounts:
         counts = self._counts[row.sequence.row]
-        if counts.history is not row.token_ids:  # another sequence, or a beam that goes on from another's tokens
-            counts = self._counts[row.sequence.row] = TokenCounts(row.token_ids)
+        history = row.sequence.token_ids
+        if counts.history is not history:  # another sequence, or a beam that goes on from another's tokens
+            counts = self._counts[row.sequence.row] = TokenCounts(history)
         counts.catch_up(row.sequence.num_prompt_tokens)
         return counts
 

@@ -1,123 +1,54 @@
-"""The rows that one step samples, and the options of all running sequences kept by row, so that a step only gathers."""
+"""Which rows of logits a batch asks for, and whose next token each of them chooses."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from quire.engine.random_numbers import uniform
-from quire.sampling_params import SamplingParams
+from quire.scheduler.output import ScheduledBatch
 from quire.scheduler.sequence import Sequence
 
-Rows = npt.NDArray[np.int64]
-
 
 @dataclass(slots=True)
-class SampleRow:
-    """One row of logits whose options need a look at the tokens before it."""
+class SampleRows:
+    """R rows, in the order of `SampledTokens.token_ids`: those without drafts, then for each sequence with k drafts
+    1 + k rows in a run."""
 
-    index: int
-    """Of the logits row."""
-    sequence: Sequence
-    token_ids: list[int]
-    """All tokens before the one to be sampled; the sequence's own list, not to be changed."""
+    sequences: list[Sequence]
+    """Of each row; a sequence with drafts is there more than once."""
+    drafts: dict[int, list[int]] = field(default_factory=dict)
+    """By row: the drafts that stand before it, taken for its last tokens; rows without are left out."""
 
-    @property
-    def params(self) -> SamplingParams:
-        return self.sequence.request.params
-
-    @property
-    def num_output_tokens(self) -> int:
-        return len(self.token_ids) - self.sequence.num_prompt_tokens
-
-
-@dataclass(slots=True)
-class SamplingOptions:
-    """Options of R rows on the host; built by `SamplingRows.select`."""
-
-    temperature: npt.NDArray[np.float32]  # [R]
-    top_k: npt.NDArray[np.int64]  # [R], 0 is off
-    top_p: npt.NDArray[np.float32]  # [R]
-    min_p: npt.NDArray[np.float32]  # [R]
-    typical_p: npt.NDArray[np.float32]  # [R], 1 is off
-    uniform: npt.NDArray[np.float64]  # [R], in (0, 1); read only where temperature > 0
+    def positions(self) -> npt.NDArray[np.uint64]:
+        """Position in its sequence of the token that each row chooses, [R]."""
+        positions = np.array([len(sequence.token_ids) for sequence in self.sequences], np.uint64)
+        for row, drafts in self.drafts.items():
+            positions[row] += np.uint64(len(drafts))
+        return positions
 
 
-@dataclass(slots=True)
-class StepRows:
-    """What one step asks of R logits rows."""
-
-    options: SamplingOptions
-    adjusted: list[SampleRow]
-    """Rows with penalties, biases or masks, and all beams."""
-    beams: list[SampleRow]
-    scored: list[SampleRow]
-    """Rows that want `logprobs` of the token they sample; not beams."""
-
-
-class SamplingRows:
-    """A sequence's options are read once, when it first samples from its row."""
-
-    def __init__(self, max_num_seqs: int) -> None:
-        self._sequences: list[Sequence | None] = [None] * max_num_seqs
-        self._temperature = np.zeros(max_num_seqs, np.float32)
-        self._top_k = np.zeros(max_num_seqs, np.int64)
-        self._top_p = np.ones(max_num_seqs, np.float32)
-        self._min_p = np.zeros(max_num_seqs, np.float32)
-        self._typical_p = np.ones(max_num_seqs, np.float32)
-        self._seed = np.zeros(max_num_seqs, np.uint64)
-        self._choice_index = np.zeros(max_num_seqs, np.uint64)
-        self._adjusts = np.zeros(max_num_seqs, np.bool_)
-        self._is_beam = np.zeros(max_num_seqs, np.bool_)
-        self._is_scored = np.zeros(max_num_seqs, np.bool_)
-
-    def select(self, sequences: list[Sequence]) -> StepRows:
-        for sequence in sequences:
-            if self._sequences[sequence.row] is not sequence:
-                self._place(sequence)
-        rows = np.array([sequence.row for sequence in sequences], np.int64)
-        temperature = self._temperature[rows]
-        if temperature.any():
-            positions = np.array([len(sequence.token_ids) for sequence in sequences], np.uint64)
-            numbers = uniform(self._seed[rows], self._choice_index[rows], positions)
-        else:
-            numbers = np.zeros(len(rows))
-        options = SamplingOptions(
-            temperature, self._top_k[rows], self._top_p[rows], self._min_p[rows], self._typical_p[rows], numbers
-        )
-
-        def chosen(flags: npt.NDArray[np.bool_]) -> list[SampleRow]:
-            indices: list[int] = np.flatnonzero(flags[rows]).tolist()
-            return [SampleRow(index, sequences[index], sequences[index].token_ids) for index in indices]
-
-        return StepRows(options, chosen(self._adjusts), chosen(self._is_beam), chosen(self._is_scored))
-
-    def _place(self, sequence: Sequence) -> None:
-        row, params = sequence.row, sequence.request.params
-        self._sequences[row] = sequence
-        # A beam's tokens are chosen among its candidates: its row of the chain's end is that of a greedy request.
-        self._temperature[row] = 0.0 if params.use_beam_search else params.temperature
-        self._top_k[row] = max(params.top_k, 0)
-        self._top_p[row] = params.top_p
-        self._min_p[row] = params.min_p
-        self._typical_p[row] = params.typical_p
-        self._seed[row] = sequence.request.seed % 2**64
-        self._choice_index[row] = sequence.choice_index
-        self._adjusts[row] = params.use_beam_search or adjusts_logits(params)
-        self._is_beam[row] = params.use_beam_search
-        self._is_scored[row] = params.logprobs is not None and not params.use_beam_search
+def sample_rows(batch: ScheduledBatch) -> SampleRows:
+    if not batch.drafts:
+        return SampleRows([batch.sequences[index] for index in batch.sampling])
+    rows = SampleRows([])
+    for index in batch.sampling:
+        drafts = batch.drafts.get(index, [])
+        for num_before in range(1, len(drafts) + 1):
+            rows.drafts[len(rows.sequences) + num_before] = drafts[:num_before]
+        rows.sequences += [batch.sequences[index]] * (1 + len(drafts))
+    return rows
 
 
-def adjusts_logits(params: SamplingParams) -> bool:
-    """Whether anything before the temperature is on."""
-    return bool(
-        params.repetition_penalty != 1.0
-        or params.presence_penalty
-        or params.frequency_penalty
-        or params.logit_bias
-        or params.allowed_token_ids is not None
-        or params.bad_word_token_ids
-        or params.min_tokens
-    )
+def sample_indices(batch: ScheduledBatch, query_start: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Index among the batch's tokens of the last token that each row sees, [R]. query_start: [S + 1]."""
+    last = query_start[1:][batch.sampling] - 1
+    if not batch.drafts:
+        return last
+    num_without = len(last) - len(batch.drafts)
+    runs = [
+        np.arange(end - len(drafts), end + 1)
+        for end, drafts in zip(last[num_without:], batch.drafts.values(), strict=True)
+    ]
+    return np.concatenate([last[:num_without], *runs])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from quire.engine.sample_rows import SampleRow
-from quire.sampling_params import SamplingParams
+from quire.engine.sampling_options import SampleRow
 
 
 def add_biases(logits: torch.Tensor, rows: list[SampleRow]) -> None:
@@ -25,24 +24,31 @@ def keep_allowed(logits: torch.Tensor, rows: list[SampleRow]) -> None:
             logits[row.index, token_ids] = kept
 
 
-def ban_tokens(logits: torch.Tensor, rows: list[SampleRow]) -> None:
-    """The last tokens of bad words that have been begun, and before `min_tokens` all that would end the sequence."""
+def ban_tokens(logits: torch.Tensor, rows: list[SampleRow], complete: set[int]) -> None:
+    """The last tokens of bad words that have been begun, and before `min_tokens` all that would end the sequence.
+
+    Args:
+        complete: indices of rows whose grammar leaves nothing but an end: they end, whatever else was asked for.
+    """
     indices: list[int] = []
     token_ids: list[int] = []
     for row in rows:
-        banned = ends_of_bad_words(row.params, row.token_ids)
-        if row.num_output_tokens < row.params.min_tokens:
-            banned += row.sequence.stop_token_ids
+        banned = ends_of_bad_words(row)
+        if row.index not in complete:
+            if row.num_output_tokens < row.params.min_tokens:
+                banned += row.sequence.stop_token_ids
+            elif row.params.grammar is not None and row.params.ignore_eos:
+                banned += row.sequence.request.eos_token_ids
         token_ids += banned
         indices += [row.index] * len(banned)
     if indices:
         logits[torch.tensor(indices, device=logits.device), torch.tensor(token_ids, device=logits.device)] = -torch.inf
 
 
-def ends_of_bad_words(params: SamplingParams, token_ids: list[int]) -> list[int]:
-    """The tokens that would complete a bad word after `token_ids`, prompt and output."""
+def ends_of_bad_words(row: SampleRow) -> list[int]:
+    """The tokens that would complete a bad word after prompt and output."""
     banned = []
-    for *beginning, last in params.bad_word_token_ids:
-        if not beginning or token_ids[-len(beginning) :] == beginning:
+    for *beginning, last in row.params.bad_word_token_ids:
+        if not beginning or row.last_tokens(len(beginning)) == beginning:
             banned.append(last)
     return banned

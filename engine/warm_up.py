@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 
 from quire.engine.kv_storage import KVStorage
+from quire.kernels.log_probs import log_probs
+from quire.kernels.sample import sample
+from quire.kernels.token_bitmask import apply_token_bitmask
 from quire.models.forward_batch import ForwardBatch
 from quire.models.model import Model
 
@@ -33,4 +36,15 @@ def warm_up(model: Model, kv: KVStorage, device: torch.device) -> None:
         ),
         kv.layers,
     )
-    model.logits(hidden)
+    warm_up_sampling(model.logits(hidden))
+
+
+def warm_up_sampling(logits: torch.Tensor) -> None:
+    """Every kernel that the sampler may call, on two rows of logits."""
+    ones = torch.ones(len(logits), dtype=torch.float32, device=logits.device)
+    top_k = torch.full((len(logits),), 2, device=logits.device)
+    sample(logits, ones, top_k, ones * 0.5, ones * 0.1, ones.double() * 0.5)
+    log_probs(logits, top_k - 2, 1)
+    num_words = -(-logits.shape[-1] // 32)
+    bitmask = torch.full((1, num_words), -1, dtype=torch.int32, device=logits.device)
+    apply_token_bitmask(logits, bitmask, top_k[:1] - 2)

@@ -96,3 +96,14 @@ def check_attention(
             out,
             query,
         )
+
+
+def check_logits(logits: torch.Tensor, body: Body) -> None:
+    """[R, V] float32 with V > 0, rows at any stride; the reference also computes in float64."""
+    allowed = (torch.float32, torch.float64) if body == "reference" else (torch.float32,)
+    require(
+        logits.dim() == 2 and logits.shape[1] > 0 and logits.stride(1) == 1 and logits.dtype in allowed,
+        "logits must be float32 [R, V], V > 0, the last dimension contiguous",
+        logits,
+    )
+    require(body != "triton" or logits.shape[1] <= 2**18, "on a GPU the vocabulary may have 2^18 tokens", logits)

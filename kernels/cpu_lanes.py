@@ -96,6 +96,13 @@ def store(builder: Builder, vector: Value, pointer: Value) -> None:
     builder.store(vector, builder.bitcast(pointer, vector.type.as_pointer()), align=4)
 
 
+def masked_store(builder: Builder, vector: Value, pointer: Value, mask: Value) -> None:
+    """As `store`; memory outside `mask` is not touched."""
+    vector_pointer = builder.bitcast(pointer, _VECTOR.as_pointer())
+    arguments = [vector, vector_pointer, ir.Constant(I32, 4), mask]
+    _call(builder, f"llvm.masked.store.v{LANES}f32.p0", ir.VoidType(), arguments)
+
+
 def prefetch(builder: Builder, pointer: Value, count: Value, kind: types.Type) -> None:
     """Have the lines of `count` elements brought into the cache; any address will do."""
     line = integer(64 * 8 // kind.bitwidth)

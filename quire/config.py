@@ -7,9 +7,12 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from quire.sampling_params import MAX_LOGPROBS, MAX_SPECULATIVE_TOKENS
+
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 SchedulingPolicy = Literal["fcfs", "priority"]
+MAX_NGRAM = 16
 
 
 class ConfigError(ValueError):
@@ -25,6 +28,34 @@ class ExitCode(enum.IntEnum):
     ENGINE_LOST = 3
     START_FAILED = 4
     DRAIN_DEADLINE = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculativeConfig:
+    """Drafts looked up in a sequence's own text: what followed the last tokens where they occurred before."""
+
+    num_speculative_tokens: int = 0
+    """Most tokens guessed in a step for a request that does not say; 0: none."""
+    max_ngram: int = 4
+    """Most last tokens that are looked up together; the longest that occurred before decide."""
+    min_ngram: int = 2
+    """Fewest."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_speculative_tokens <= MAX_SPECULATIVE_TOKENS:
+            raise ConfigError(
+                f"--speculative-config: num_speculative_tokens must be from 0 to {MAX_SPECULATIVE_TOKENS}, "
+                f"not {self.num_speculative_tokens}."
+            )
+        if not 1 <= self.min_ngram <= self.max_ngram <= MAX_NGRAM:
+            raise ConfigError(
+                f"--speculative-config: 1 <= prompt_lookup_min <= prompt_lookup_max <= {MAX_NGRAM} must hold, "
+                f"not {self.min_ngram} and {self.max_ngram}."
+            )
+
+    def num_logits_rows(self, max_num_seqs: int) -> int:
+        """Most rows of logits in a step: the memory budget has room for so many."""
+        return max_num_seqs * (1 + self.num_speculative_tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,10 +84,11 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     scheduling_policy: SchedulingPolicy = "fcfs"
+    speculative_config: SpeculativeConfig = SpeculativeConfig()
+    max_logprobs: int = MAX_LOGPROBS
+    """Most entries of `logprobs` and `prompt_logprobs`; the KV-cache keeps so many for each prompt token it scores."""
     num_threads: int | None = None
     """CPU threads of the engine process."""
-    max_logprobs: int = 20
-    """Most `logprobs` and `prompt_logprobs` that a request may ask for."""
 
     def __post_init__(self) -> None:
         require_power_of_two("--block-size", self.block_size, 8, 256)
@@ -70,8 +102,8 @@ class EngineConfig:
         ):
             if value is not None and value < low:
                 raise ConfigError(f"{flag} must be at least {low}, not {value}.")
-        if not 0 <= self.max_logprobs <= 20:
-            raise ConfigError(f"--max-logprobs must be from 0 to 20, not {self.max_logprobs}.")
+        if not 0 <= self.max_logprobs <= MAX_LOGPROBS:
+            raise ConfigError(f"--max-logprobs must be from 0 to {MAX_LOGPROBS}, not {self.max_logprobs}.")
         if not (math.isfinite(self.gpu_memory_utilization) and 0 < self.gpu_memory_utilization <= 1):
             raise ConfigError(f"--gpu-memory-utilization must be in (0, 1], not {self.gpu_memory_utilization}.")
 
@@ -93,6 +125,7 @@ class SchedulerConfig:
     """Set only if every layer of the model has this window: then blocks that fell out of it are freed."""
     cache_namespace: str = ""
     """Identity of what computes the KV-cache (model, dtype); part of every prefix-cache key."""
+    speculative_config: SpeculativeConfig = SpeculativeConfig()
 
     def __post_init__(self) -> None:
         if self.num_blocks < 2:

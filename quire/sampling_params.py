@@ -40,8 +40,8 @@ class InvalidParameterError(ValueError):
 class SamplingParams:
     """Names and defaults are those of vLLM's request body; `early_stopping` is Hugging Face's.
 
-    Order of the chain: repetition, presence and frequency penalty, logit_bias, allowed_token_ids, bad words,
-    min_tokens, temperature, top_k, top_p, min_p, typical_p, draw. `temperature` 0 is greedy and ignores what follows
+    Order of the chain: repetition, presence and frequency penalty, logit_bias, allowed_token_ids, grammar, bad words,
+    min_tokens, temperature, typical_p, top_k, top_p, min_p, draw. `temperature` 0 is greedy and ignores what follows
     it in the chain. `top_k` 0 or -1 is off.
 
     With `use_beam_search` the chain up to min_tokens works on each beam's log-probabilities, as in Hugging Face's
@@ -165,6 +165,8 @@ class SamplingParams:
             _integer("max_tokens", self.max_tokens, 0, 2**31 - 1)
             if self.max_tokens == 0 and self.prompt_logprobs is None:
                 raise InvalidParameterError("max_tokens", "max_tokens must be at least 1, or 0 with prompt_logprobs.")
+            if self.max_tokens == 0 and self.use_beam_search:
+                raise InvalidParameterError("max_tokens", "max_tokens must be at least 1 with use_beam_search.")
         _integer("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidParameterError("min_tokens", "min_tokens must not be larger than max_tokens.")

@@ -16,6 +16,7 @@ def max_sequence_tokens(request: Request, config: SchedulerConfig) -> int:
     """
     num_prompt_tokens = len(request.prompt_token_ids)
     num_output_tokens = request.params.max_tokens
+    least_output_tokens = 1 if num_output_tokens is None else num_output_tokens
     if num_prompt_tokens == 0:
         raise AdmissionError("The prompt must have at least one token.", code="empty_prompt", param="prompt")
     if request.params.num_sequences > config.max_num_seqs:
@@ -25,15 +26,15 @@ def max_sequence_tokens(request: Request, config: SchedulerConfig) -> int:
             code="n_too_large",
             param=name,
         )
-    _check_context(num_prompt_tokens, num_output_tokens, config)
+    _check_context(num_prompt_tokens, least_output_tokens, config)
     pool_limit = _pool_limit(config)
     if request.params.use_beam_search:
         pool_limit = _pool_limit_of_beams(num_prompt_tokens, request.params.num_sequences, config)
-    if num_prompt_tokens >= pool_limit or num_prompt_tokens + (num_output_tokens or 1) > pool_limit:
+    if num_prompt_tokens >= pool_limit or num_prompt_tokens + least_output_tokens > pool_limit:
         raise AdmissionError(
             f"The KV-cache of this server has room for {pool_limit - 1} tokens{_each_of(request)}. However, you "
-            f"requested {num_prompt_tokens + (num_output_tokens or 1)} tokens ({num_prompt_tokens} in the prompt, "
-            f"{num_output_tokens or 1} in the completion).",
+            f"requested {num_prompt_tokens + least_output_tokens} tokens ({num_prompt_tokens} in the prompt, "
+            f"{least_output_tokens} in the completion).",
             code="kv_cache_exceeded",
             param="prompt" if num_prompt_tokens >= pool_limit else "max_tokens",
         )
@@ -46,12 +47,12 @@ def _each_of(request: Request) -> str:
     return f" in each of {request.params.num_sequences} beams" if request.params.use_beam_search else ""
 
 
-def _check_context(num_prompt_tokens: int, num_output_tokens: int | None, config: SchedulerConfig) -> None:
-    if num_prompt_tokens + (num_output_tokens or 1) > config.max_model_len:
+def _check_context(num_prompt_tokens: int, num_output_tokens: int, config: SchedulerConfig) -> None:
+    if num_prompt_tokens + num_output_tokens > config.max_model_len:
         raise AdmissionError(
             f"This model's maximum context length is {config.max_model_len} tokens. However, you requested "
-            f"{num_prompt_tokens + (num_output_tokens or 1)} tokens ({num_prompt_tokens} in the prompt, "
-            f"{num_output_tokens or 1} in the completion). Please reduce the length of the prompt or the completion.",
+            f"{num_prompt_tokens + num_output_tokens} tokens ({num_prompt_tokens} in the prompt, "
+            f"{num_output_tokens} in the completion). Please reduce the length of the prompt or the completion.",
             code="context_length_exceeded",
             param="prompt" if num_prompt_tokens >= config.max_model_len else "max_tokens",
         )
@@ -65,7 +66,8 @@ def _pool_limit_of_beams(num_prompt_tokens: int, width: int, config: SchedulerCo
 
 
 def _pool_limit(config: SchedulerConfig) -> int:
-    """Longest sequence that one can grow to alone in the pool; its last token is sampled but never stored.
+    """Longest sequence that one can grow to alone in the pool; its last token is sampled but never stored, and a prompt
+    is shorter by at least that.
 
     With a sliding window and chunked prefill only the window and the chunk being computed are held, so length is no
     matter once they fit. Without chunked prefill a preempted sequence comes back whole.
@@ -74,5 +76,5 @@ def _pool_limit(config: SchedulerConfig) -> int:
     if window is not None and config.enable_chunked_prefill:
         num_window_blocks = -(-(window - 1) // config.block_size) + 1
         if num_window_blocks <= config.num_usable_blocks:
-            return config.max_model_len
+            return config.max_model_len + 1
     return config.max_pool_tokens + 1

@@ -10,16 +10,20 @@ from quire.scheduler.status import RUNNING
 class BatchBuilder:
     """Takes sequences in the order they are scheduled and sorts them into the order of a batch.
 
-    That order is: one token and it samples; one token and it does not (a chunk cut short by the budget); more tokens.
+    That order is: one token and it samples; one token and it does not (a chunk cut short by the budget); more tokens;
+    one token and drafts. A prompt that is scored goes with those of more tokens even by single ones: its numbers must
+    not depend on how it was cut, and the engine attends for decodes with another kernel.
     """
 
-    __slots__ = ("_chunks", "_single_chunks", "budget", "decodes", "started")
+    __slots__ = ("_chunks", "_single_chunks", "budget", "decodes", "drafted", "started")
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         """Tokens that may still be scheduled."""
         self.decodes: list[Sequence] = []
         """Those whose last known token is the only one left to compute; written to directly, for speed."""
+        self.drafted: list[tuple[Sequence, list[int]]] = []
+        """Those that were decodes until drafts were found for them, with these; written to by the speculator."""
         self.started: list[str] = []
         """As in ScheduledBatch; written to directly."""
         self._single_chunks: list[Sequence] = []
@@ -27,10 +31,10 @@ class BatchBuilder:
 
     @property
     def empty(self) -> bool:
-        return not (self.decodes or self._single_chunks or self._chunks)
+        return not (self.decodes or self._single_chunks or self._chunks or self.drafted)
 
     def add(self, sequence: Sequence, num_tokens: int) -> None:
-        if num_tokens > 1:
+        if num_tokens > 1 or sequence.scoring_depth is not None:
             self._chunks.append((sequence, num_tokens))
         elif sequence.num_computed_tokens + 1 == len(sequence.token_ids):
             self.decodes.append(sequence)
@@ -60,6 +64,12 @@ class BatchBuilder:
             num_scheduled_tokens.append(num_tokens)
             if sequence.num_computed_tokens + num_tokens == len(sequence.token_ids):
                 sampling.append(index)
+        drafts: dict[int, list[int]] = {}
+        for index, (sequence, its_drafts) in enumerate(self.drafted, len(sequences)):
+            sequences.append(sequence)
+            num_scheduled_tokens.append(1 + len(its_drafts))
+            sampling.append(index)
+            drafts[index] = its_drafts
         return ScheduledBatch(
             step_id,
             sequences,
@@ -69,4 +79,5 @@ class BatchBuilder:
             block_copies,
             block_table_updates,
             self.started,
+            drafts,
         )

@@ -6,7 +6,7 @@ from bisect import insort
 from typing import TYPE_CHECKING
 
 from quire.scheduler.beam import BeamGroup, Survivor, common_length
-from quire.scheduler.output import Candidates, ErrorCode, StepOutput
+from quire.scheduler.output import Candidates, ErrorCode, StepOutput, TokenLogProbs
 from quire.scheduler.request_queue import BY_ORDER
 from quire.scheduler.sequence import Sequence
 from quire.scheduler.status import RUNNING, WAITING
@@ -48,6 +48,14 @@ class BeamSearch:
             sequence.beam.candidates = candidates
         sequence.num_computed_tokens = end
         self._touched[group] = None
+
+    def prompt_output(self, sequence: Sequence, prompt_log_probs: list[TokenLogProbs] | None) -> StepOutput:
+        """What the first beam's prompt is worth is told at once, to the first choice that is still wanted."""
+        params, unwanted = sequence.request.params, sequence.beam.group.unwanted if sequence.beam else set()
+        choice_index = min(set(range(params.n)) - unwanted)
+        output = StepOutput(sequence.request_id, choice_index, [], num_cached_tokens=sequence.num_cached_tokens)
+        output.prompt_log_probs = self._scheduler.end_scoring(sequence, prompt_log_probs)
+        return output
 
     def take_chunk(self, group: BeamGroup) -> None:
         """A beam has computed some of its tokens; others may wait to fork from them."""

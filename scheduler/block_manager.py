@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from quire.config import SchedulerConfig
 from quire.scheduler.block_pool import BlockPool
 from quire.scheduler.block_table import BlockTable
@@ -11,6 +13,24 @@ from quire.scheduler.sequence import Sequence
 from quire.scheduler.window import first_block_in_window
 
 
+@dataclass(frozen=True, slots=True)
+class CachedPrefix:
+    """What a sequence can start from."""
+
+    block_ids: list[int]
+    num_tokens: int
+    """Tokens that need not be computed."""
+    copies_last: bool = False
+    """The last block is not shared but copied, because its last token is to be computed again."""
+
+    @property
+    def num_shared_blocks(self) -> int:
+        return len(self.block_ids) - self.copies_last
+
+
+NOTHING_CACHED = CachedPrefix([], 0)
+
+
 class BlockManager:
     """Pool, prefix cache and the log of changed table entries. Who runs is not its business but the scheduler's."""
 
@@ -18,36 +38,61 @@ class BlockManager:
         self.block_size = config.block_size
         self.window = config.sliding_window
         self.caching = config.enable_prefix_caching
+        self._num_usable_blocks = config.num_usable_blocks
         self.prefix_cache = PrefixCache(
             config.num_blocks, config.block_size, namespace=config.cache_namespace, window=config.sliding_window
         )
         self.pool = BlockPool(config.num_blocks, self.prefix_cache)
         self._updates: list[BlockTableUpdate] = []
-        self._forked: list[BlockTable] = []
+        self._copying: list[BlockTable] = []
+        """Tables that have planned a copy since the last batch."""
 
     def new_table(self) -> BlockTable:
         return BlockTable(self.pool, self.block_size)
 
-    def find_cached_prefix(self, sequence: Sequence) -> list[int]:
-        """Cached blocks to start from; the last token is always left to be computed, for its logits are wanted."""
+    def find_cached_prefix(self, sequence: Sequence) -> CachedPrefix:
+        """Where to start from; the last token is always left to be computed, for its logits are wanted."""
         if not self.caching:
-            return []
+            return NOTHING_CACHED
+        if sequence.scoring_depth is not None:
+            return self._find_scored_prefix(sequence, sequence.scoring_depth)
         num_blocks = sequence.num_hittable_tokens // self.block_size
         self.prefix_cache.extend_keys(sequence.block_keys, sequence.token_ids, num_blocks)
-        return self.prefix_cache.find(sequence.block_keys, num_blocks)
+        block_ids = self.prefix_cache.find(sequence.block_keys, num_blocks)
+        return CachedPrefix(block_ids, len(block_ids) * self.block_size)
 
-    def num_blocks_to_start(self, cached_block_ids: list[int], num_tokens: int) -> int:
+    def _find_scored_prefix(self, sequence: Sequence, depth: int) -> CachedPrefix:
+        """Blocks whose log-probabilities are stored too, all but the last token.
+
+        That of the next token needs the logits at the last cached one, which is therefore computed again, into a copy
+        of its block. Source and copy are held at once: one block more than the sequence needs by itself.
+        """
+        num_tokens = len(sequence.token_ids)
+        if -(-num_tokens // self.block_size) + 1 > self._num_usable_blocks:
+            return NOTHING_CACHED
+        num_blocks = num_tokens // self.block_size
+        self.prefix_cache.extend_keys(sequence.block_keys, sequence.token_ids, num_blocks)
+        block_ids = self.prefix_cache.find_scored(sequence.block_keys, num_blocks, depth)
+        if not block_ids:
+            return NOTHING_CACHED
+        return CachedPrefix(block_ids, len(block_ids) * self.block_size - 1, copies_last=True)
+
+    def num_blocks_to_start(self, prefix: CachedPrefix, num_tokens: int) -> int:
         """Free blocks it takes to start from a cached prefix and hold `num_tokens` tokens; reviving one takes one."""
         ref_counts = self.pool.ref_counts
-        num_revived = sum(1 for block_id in cached_block_ids if block_id and ref_counts[block_id] == 0)
-        return -(-num_tokens // self.block_size) - len(cached_block_ids) + num_revived
+        num_revived = sum(1 for block_id in prefix.block_ids if block_id and ref_counts[block_id] == 0)
+        return -(-num_tokens // self.block_size) - prefix.num_shared_blocks + num_revived
 
-    def start(self, sequence: Sequence, cached_block_ids: list[int], num_tokens: int) -> None:
+    def start(self, sequence: Sequence, prefix: CachedPrefix, num_tokens: int) -> None:
         """Give a waiting sequence its cached prefix and blocks for its first `num_tokens` tokens."""
         table = sequence.block_table
-        table.adopt(cached_block_ids)
+        if prefix.copies_last:
+            table.adopt_and_copy_last(prefix.block_ids)
+            self._copying.append(table)
+        else:
+            table.adopt(prefix.block_ids)
         table.grow(table.num_missing_blocks(num_tokens))
-        sequence.num_computed_tokens = len(cached_block_ids) * self.block_size
+        sequence.num_computed_tokens = prefix.num_tokens
         self._log_table(sequence)
 
     def grow(self, sequence: Sequence, num_blocks: int) -> None:
@@ -55,6 +100,17 @@ class BlockManager:
         table = sequence.block_table
         start = len(table.block_ids)
         self._updates.append(BlockTableUpdate(sequence.row, start, table.grow(num_blocks)))
+
+    def look_ahead(self, sequence: Sequence, num_tokens: int, num_reserved: int) -> int:
+        """Give a running sequence blocks for tokens that are only guessed, if `num_reserved` blocks stay free without
+        taking any from others; how many tokens fit then. It keeps them, whatever becomes of the guesses."""
+        table = sequence.block_table
+        if table.num_missing_blocks(num_tokens):
+            self.release_out_of_window(sequence)
+            num_missing = table.num_missing_blocks(num_tokens)
+            if num_missing + num_reserved <= self.pool.num_free_blocks:
+                self.grow(sequence, num_missing)
+        return table.capacity
 
     def release_out_of_window(self, sequence: Sequence) -> None:
         """Let go of the leading blocks that no token to be computed can see."""
@@ -69,29 +125,35 @@ class BlockManager:
         follower.block_table = leader.block_table.fork(num_tokens)
         follower.num_computed_tokens = num_tokens
         follower.block_keys = leader.block_keys[: 1 + num_tokens // self.block_size]
-        self._forked.append(follower.block_table)
+        self._copying.append(follower.block_table)
         self._log_table(follower)
 
     def cache_full_blocks(self, sequence: Sequence, start: int, end: int) -> None:
-        """Make the blocks that were filled by computing tokens [start, end) findable."""
+        """Make the blocks that were filled by computing tokens [start, end) findable.
+
+        Of a prompt that is scored, log-probabilities are stored for whole blocks only.
+        """
         first, last = start // self.block_size, end // self.block_size
         if first == last or not self.caching:
             return
         block_keys, block_ids = sequence.block_keys, sequence.block_table.block_ids
         self.prefix_cache.extend_keys(block_keys, sequence.token_ids, last)
+        num_scored = 0 if sequence.scoring_depth is None else sequence.num_prompt_tokens // self.block_size
         for index in range(first, last):
-            self.prefix_cache.insert(block_keys[index + 1], block_ids[index])
+            depth = sequence.scoring_depth if index < num_scored else None
+            self.prefix_cache.insert(block_keys[index + 1], block_ids[index], depth)
 
     def distrust(self, sequence: Sequence) -> None:
         """Make nothing findable that a failed sequence has read or written."""
         for block_id in sequence.block_table.held_block_ids():
             self.prefix_cache.forget(block_id)
+        self.prefix_cache.forget_keys(sequence.block_keys)
 
     def take_changes(self) -> tuple[list[tuple[int, int]], list[BlockTableUpdate]]:
         """Page copies and table entries that the engine has not been told of yet."""
-        copies = [copy for table in self._forked if (copy := table.take_copy()) is not None]
+        copies = [copy for table in self._copying if (copy := table.take_copy()) is not None]
         updates = self._updates
-        self._forked, self._updates = [], []
+        self._copying, self._updates = [], []
         return copies, updates
 
     def _log_table(self, sequence: Sequence) -> None:

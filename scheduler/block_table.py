@@ -24,8 +24,9 @@ class BlockTable:
         self.num_released = 0
         """Leading entries that are 0."""
         self.copy_source: int | None = None
-        """Block to be copied into `copy_target` before the next step writes; held until the copy is handed out."""
+        """Block to be copied before the next step writes; held until the copy is handed out."""
         self.copy_target = 0
+        """Block of this table to copy it into, while there is a source; others may have come after it."""
 
     def num_missing_blocks(self, num_tokens: int) -> int:
         """Blocks to allocate until `num_tokens` tokens fit."""
@@ -40,6 +41,13 @@ class BlockTable:
                 self.num_released += 1
         self._extend(block_ids)
 
+    def adopt_and_copy_last(self, block_ids: list[int]) -> None:
+        """Start with a prefix whose last block goes on in a copy: see `take_copy`. Takes one block from the pool."""
+        self.adopt(block_ids[:-1])
+        self.copy_source = block_ids[-1]
+        self._pool.share(self.copy_source)
+        (self.copy_target,) = self.grow(1)
+
     def grow(self, num_blocks: int) -> list[int]:
         """Append newly allocated blocks; their ids."""
         block_ids = self._pool.allocate(num_blocks)
@@ -53,15 +61,15 @@ class BlockTable:
         """
         num_shared = num_tokens // self._block_size
         table = BlockTable(self._pool, self._block_size)
-        table.adopt(self.block_ids[:num_shared])
         if num_tokens % self._block_size:
-            table.copy_source = self.block_ids[num_shared]
-            self._pool.share(table.copy_source)
-        (table.copy_target,) = table.grow(1)
+            table.adopt_and_copy_last(self.block_ids[: num_shared + 1])
+        else:
+            table.adopt(self.block_ids[:num_shared])
+            table.grow(1)
         return table
 
     def take_copy(self) -> tuple[int, int] | None:
-        """(source, target) of the copy that a fork planned, once; the source is no longer held."""
+        """(source, target) of the copy that was planned, once; the source is no longer held."""
         if self.copy_source is None:
             return None
         copy = (self.copy_source, self.copy_target)

@@ -7,13 +7,15 @@ I4   Free and used blocks and the null block add up to the pool.
 I5   A block is in the free list, once, exactly if nobody holds it.
 I6   Cache keys and cached blocks are a bijection; eviction removes both sides.
 I7   No block is twice in one table, and none in a table is free.
-I8   A table covers what is computed and at most what is known; only what is out of the window was let go.
+I8   A table covers what is computed and at most what is known, or guessed and still to be generated; only what is out
+     of the window was let go.
 I9   0 <= computed <= known tokens; computed falls only at a preemption.
 I10  A step writes only to blocks that one table holds and no key finds.
 I11  Every slot before `computed` holds the content of exactly this salt and these tokens.
 I12  Who waits holds no blocks, and nothing of it counts as computed.
 I13  At most max_num_seqs run, each in a row of its own.
-I14  A step stays within the token budget, and everybody in it computes at least one token.
+I14  A step stays within the token budget, and everybody in it computes at least one token. Drafts are for who decodes,
+     never more than it may have, nor past its last token.
 I15  A live sequence is in exactly one of waiting and running.
 I16  Every choice has exactly one end, and nothing is told of it afterwards.
 I17  While anything is live, a step computes something; without new requests everything ends.
@@ -27,11 +29,13 @@ I24  Only full blocks are cached; equal keys mean equal prefixes.
 I25  Caching, chunking and preemption never change a token.
 I26  What a failed step wrote is never found.
 I28  A block that several tables share is at the same position in all of them.
+I29  A request is told the log-probabilities of its prompt once, and those that the prompt alone would have been told.
+I30  A block that is cached with log-probabilities has them, to its depth, and a deeper block takes over its key.
 
 I2, I4, I13 and I14 are O(1) and checked in production, where the numbers change. `check_integrity` and `check_batch`
 walk what can be seen in the bookkeeping of one moment; the simulator in tests/scheduler adds contents of pages (I11,
-I25, I26) and the order of events (I9, I16, I17, I19, I21). Not here: I22 (a child is evicted before its parent) does
-not always hold, and I27 needs adapters.
+I25, I26, I29, I30) and the order of events (I9, I16, I17, I19, I21). Not here: I22 (a child is evicted before its
+parent) does not always hold, and I27 needs adapters.
 """
 
 from __future__ import annotations
@@ -108,7 +112,7 @@ def check_pool(scheduler: Scheduler) -> None:
 
 
 def check_prefix_cache(scheduler: Scheduler) -> None:
-    """I1 and I6: keys and cached blocks are a bijection."""
+    """I1, I6 and I30: keys and cached blocks are a bijection, and only cached blocks count as scored."""
     cache = scheduler.blocks.prefix_cache
     cached = cache.items()
     for key, block_id in cached:
@@ -116,6 +120,9 @@ def check_prefix_cache(scheduler: Scheduler) -> None:
             raise InvariantError("I6", f"block {block_id} is found by a key that is not its own")
     if cache.num_keyed_blocks() != len(cached):
         raise InvariantError("I6", "a block has a key by which it is not found")
+    for block_id in range(scheduler.config.num_blocks):
+        if cache.depth_of(block_id) is not None and cache.key_of(block_id) is None:
+            raise InvariantError("I30", f"block {block_id} is not cached, but its log-probabilities are")
     if cache.key_of(NULL_BLOCK) is not None:
         raise InvariantError("I1", "the null block is cached")
 
@@ -151,7 +158,8 @@ def _check_table(scheduler: Scheduler, sequence: Sequence) -> None:
     waits_for_its_group = sequence.beam is not None and sequence.beam.candidates is not None
     if computed == num_tokens and not waits_for_its_group:
         raise InvariantError("I23", f"nothing is left to compute: {sequence}")
-    if table.capacity != num_blocks * block_size or not computed <= table.capacity < num_tokens + block_size:
+    num_wanted = max(num_tokens, min(num_tokens + sequence.max_num_drafts, sequence.max_num_tokens - 1))
+    if table.capacity != num_blocks * block_size or not computed <= table.capacity < num_wanted + block_size:
         raise InvariantError("I8", f"too few or too many blocks for {table.capacity} tokens: {sequence}")
     num_released = table.num_released
     if num_released or NULL_BLOCK in table.block_ids:
@@ -215,21 +223,36 @@ def check_batch(scheduler: Scheduler, batch: ScheduledBatch) -> None:
         raise InvariantError("I17", "the step computes nothing")
     check_limits(scheduler.config, batch.num_tokens, len(scheduler.running))
     counts = batch.num_scheduled_tokens
-    if min(counts) < 1 or len(set(batch.sequences)) != len(counts) or counts.count(1) != batch.num_decodes:
+    num_decodes = sum(
+        num_tokens == 1 and sequence.scoring_depth is None
+        for sequence, num_tokens in zip(batch.sequences, counts, strict=True)
+    )
+    if min(counts) < 1 or len(set(batch.sequences)) != len(counts) or num_decodes != batch.num_decodes:
         raise InvariantError("I14", f"token counts {counts}, of which {batch.num_decodes} decodes")
     sampling = []
     for position, (sequence, num_tokens) in enumerate(zip(batch.sequences, counts, strict=True)):
         start = sequence.num_computed_tokens
         end = start + num_tokens
-        if end == len(sequence.token_ids):
+        drafts = batch.drafts.get(position, [])
+        if end == len(sequence.token_ids) + len(drafts):
             sampling.append(position)
+        if drafts and not (
+            num_tokens == 1 + len(drafts)
+            and len(drafts) <= sequence.max_num_drafts
+            and len(sequence.token_ids) + len(drafts) < sequence.max_num_tokens
+        ):
+            raise InvariantError("I14", f"{len(drafts)} drafts, {num_tokens} tokens to compute: {sequence}")
         if end > sequence.block_table.capacity:
             raise InvariantError("I8", f"no block to write to: {sequence}")
         for block_id in sequence.block_table.block_ids[start // block_size : (end - 1) // block_size + 1]:
             if pool.ref_counts[block_id] != 1 or cache.key_of(block_id) is not None:
                 raise InvariantError("I10", f"writes to block {block_id}, which others may read: {sequence}")
+    if any(sequence.scoring_depth is not None for sequence in batch.sequences[: batch.num_decodes]):
+        raise InvariantError("I14", "a prompt that is scored goes with the decodes")
     if sampling != batch.sampling or any(count != 1 for count in counts[: batch.num_decodes]):
         raise InvariantError("I23", f"rows {batch.sampling} sample instead of {sampling}")
+    if list(batch.drafts) != sampling[len(sampling) - len(batch.drafts) :]:
+        raise InvariantError("I23", f"rows {list(batch.drafts)} have drafts, which are not the last of {sampling}")
     targets = [target for _, target in batch.block_copies]
     if len(set(targets)) != len(targets) or not {source for source, _ in batch.block_copies}.isdisjoint(targets):
         raise InvariantError("I10", f"copies overwrite each other: {batch.block_copies}")

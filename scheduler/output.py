@@ -34,17 +34,18 @@ class BlockTableUpdate:
 
 @dataclass(slots=True)
 class ScheduledBatch:
-    """Who computes how many tokens in one step. Rows with one token come first; all fields set by `schedule()`.
+    """Who computes how many tokens in one step. Decodes come first; all fields set by `schedule()`.
 
     `sequences[i]` computes `num_scheduled_tokens[i]` of its tokens, from `num_computed_tokens` on. The sequences are
-    the scheduler's own: the engine reads `row`, `token_ids`, `num_computed_tokens` and `request` and writes nothing.
+    the scheduler's own: the engine reads `row`, `token_ids`, `num_computed_tokens`, `scoring_depth`, `block_table` and
+    `request` and writes nothing.
     """
 
     step_id: int
     sequences: list[Sequence]
     num_scheduled_tokens: list[int]
     num_decodes: int
-    """How many leading sequences compute exactly one token."""
+    """How many leading sequences compute exactly one token; of the others, only scored prompts may."""
     sampling: list[int]
     """Indices into `sequences` of those whose last known token is computed in this step: they sample."""
     block_copies: list[tuple[int, int]] = field(default_factory=list)
@@ -53,10 +54,18 @@ class ScheduledBatch:
     """Changes since the last batch, to be applied in order to a persistent [max_num_seqs, max_blocks] table."""
     started: list[str] = field(default_factory=list)
     """Ids of requests that are scheduled for the first time; a choice that had to wait longer may name its id again."""
+    drafts: dict[int, list[int]] = field(default_factory=dict)
+    """By index into `sequences`, in order: tokens guessed to follow the last known one, which are computed with it. Who
+    has drafts stands at the end of `sampling` and samples 1 + len(drafts) rows: after its last token and each draft."""
 
     @property
     def num_tokens(self) -> int:
         return sum(self.num_scheduled_tokens)
+
+    @property
+    def num_sampled_rows(self) -> int:
+        """Rows of logits to sample from: one for each of `sampling`, and one behind each draft."""
+        return len(self.sampling) + sum(map(len, self.drafts.values()))
 
 
 @dataclass(slots=True)
@@ -89,7 +98,8 @@ class SampledTokens:
     """What the sampler made of a batch."""
 
     token_ids: list[int | None]
-    """One entry for each index in `ScheduledBatch.sampling`; `None`: this row's logits were not finite. Of a beam, and
+    """One entry for each row: in the order of `ScheduledBatch.sampling`, one for a sequence, and one more for each of
+    its drafts, sampled as if the drafts before it were right. `None`: this row's logits were not finite. Of a beam, and
     of a sequence without output, any token id."""
     log_probs: dict[int, TokenLogProbs] = field(default_factory=dict)
     """By index into `token_ids`: of the rows whose request asks for `logprobs`; beams have theirs in `candidates`."""
@@ -140,3 +150,7 @@ class SchedulerStats:
     num_preemptions: int = 0
     num_steps: int = 0
     num_scheduled_tokens: int = 0
+    num_draft_steps: int = 0
+    """Drafts that were verified: one for each sequence with drafts in a step."""
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0

@@ -18,11 +18,14 @@ BLOCK_DOMAIN = b"block v1"
 class PrefixCache:
     """Knows blocks by their content. Owns no references: a block it knows may be in use, or free and evictable.
 
+    A block may also have the log-probabilities of its tokens stored, to a depth: so many of the best tokens at each
+    position. They depend on nothing but the block's own prefix, so they are found by the same key.
+
     A sequence's `block_keys` is [root, key of block 0, key of block 1, ...]: the caller keeps the list, so that every
     block is hashed once.
     """
 
-    __slots__ = ("_block_ids", "_keys", "_namespace", "_pack", "block_size", "window")
+    __slots__ = ("_block_ids", "_depths", "_keys", "_namespace", "_pack", "block_size", "window")
 
     def __init__(self, num_blocks: int, block_size: int, *, namespace: str, window: int | None) -> None:
         self.block_size = block_size
@@ -30,6 +33,7 @@ class PrefixCache:
         self._namespace = namespace
         self._block_ids: dict[bytes, int] = {}
         self._keys: list[bytes | None] = [None] * num_blocks
+        self._depths: list[int | None] = [None] * num_blocks
         self._pack = struct.Struct(f"<{len(BLOCK_DOMAIN)}s32s{block_size}I").pack
 
     def __len__(self) -> int:
@@ -69,6 +73,16 @@ class PrefixCache:
             found.append(block_id)
         return found
 
+    def find_scored(self, block_keys: list[bytes], num_blocks: int, depth: int) -> list[int]:
+        """As `find`, of blocks with log-probabilities stored to at least `depth`; complete even with a window."""
+        found: list[int] = []
+        for key in block_keys[1 : num_blocks + 1]:
+            block_id = self._block_ids.get(key)
+            if block_id is None or not _reaches(self._depths[block_id], depth):
+                break
+            found.append(block_id)
+        return found
+
     def _find_in_window(self, block_keys: list[bytes], num_blocks: int, window: int) -> list[int]:
         found = [self._block_ids.get(key, 0) for key in block_keys[1 : num_blocks + 1]]
         best = first_of_best = first_of_run = 0
@@ -81,28 +95,53 @@ class PrefixCache:
                 best, first_of_best = index + 1, first
         return [0] * first_of_best + found[first_of_best:best]
 
-    def insert(self, key: bytes, block_id: int) -> None:
-        """Make a full, computed block findable. If another block already holds the same prefix, that one stays."""
-        if key not in self._block_ids:
-            self._block_ids[key] = block_id
-            self._keys[block_id] = key
+    def insert(self, key: bytes, block_id: int, depth: int | None = None) -> None:
+        """Make a full, computed block findable. If another block already holds the same prefix, that one stays.
+
+        It is only replaced by a block with log-probabilities stored to a greater `depth`.
+        """
+        holder = self._block_ids.get(key)
+        if holder is not None:
+            if depth is None or _reaches(self._depths[holder], depth):
+                return
+            self.forget(holder)
+        self._block_ids[key] = block_id
+        self._keys[block_id] = key
+        self._depths[block_id] = depth
 
     def forget(self, block_id: int) -> None:
         """Drop a block's key, because its content is about to change or is not to be trusted."""
         key = self._keys[block_id]
         if key is not None:
             self._keys[block_id] = None
+            self._depths[block_id] = None
             del self._block_ids[key]
+
+    def forget_keys(self, block_keys: list[bytes]) -> None:
+        """Drop whichever blocks hold these prefixes."""
+        for key in block_keys:
+            block_id = self._block_ids.get(key)
+            if block_id is not None:
+                self.forget(block_id)
 
     def clear(self) -> None:
         self._block_ids.clear()
         self._keys = [None] * len(self._keys)
+        self._depths = [None] * len(self._depths)
 
     def key_of(self, block_id: int) -> bytes | None:
         return self._keys[block_id]
+
+    def depth_of(self, block_id: int) -> int | None:
+        """Entries at each position of the block's stored log-probabilities; None: none are stored."""
+        return self._depths[block_id]
 
     def num_keyed_blocks(self) -> int:
         return len(self._keys) - self._keys.count(None)
 
     def items(self) -> list[tuple[bytes, int]]:
         return list(self._block_ids.items())
+
+
+def _reaches(stored: int | None, depth: int) -> bool:
+    return stored is not None and stored >= depth

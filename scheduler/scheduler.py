@@ -16,12 +16,21 @@ from quire.scheduler.admission import max_sequence_tokens
 from quire.scheduler.batch_builder import BatchBuilder
 from quire.scheduler.beam import BeamGroup
 from quire.scheduler.beam_search import BeamSearch
-from quire.scheduler.block_manager import BlockManager
-from quire.scheduler.output import ErrorCode, FinishReason, SampledTokens, ScheduledBatch, SchedulerStats, StepOutput
+from quire.scheduler.block_manager import BlockManager, CachedPrefix
+from quire.scheduler.output import (
+    ErrorCode,
+    FinishReason,
+    SampledTokens,
+    ScheduledBatch,
+    SchedulerStats,
+    StepOutput,
+    TokenLogProbs,
+)
 from quire.scheduler.preemption import MAX_PREEMPTIONS, choose_victims
 from quire.scheduler.request import AdmissionError, Request
 from quire.scheduler.request_queue import BY_ORDER, RequestQueue
 from quire.scheduler.sequence import Sequence
+from quire.scheduler.speculation import Speculator
 from quire.scheduler.status import FINISHED, RUNNING, WAITING
 from quire.scheduler.window import first_block_in_window
 
@@ -48,6 +57,7 @@ class Scheduler:
         self._num_arrivals = 0
         self._num_live = 0
         self._counters = SchedulerStats()
+        self.speculator = Speculator(config, self.blocks, self._counters)
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -76,6 +86,8 @@ class Scheduler:
         self.live[request.request_id] = sequences
         if request.params.use_beam_search:
             BeamGroup(request, sequences)
+        for sequence in sequences:
+            self.speculator.watch(sequence)
         self._enqueue_group(sequences)
 
     def abort(self, request_id: str, choice_index: int | None = None) -> None:
@@ -106,6 +118,8 @@ class Scheduler:
             self._schedule_waiting(builder)
         else:
             builder.drop_preempted()
+        if self.speculator.active:
+            self.speculator.add_drafts(builder, self.config.max_num_seqs - len(self.free_rows))
         if builder.empty:
             return None
         self.batch = builder.build(self._counters.num_steps, *self.blocks.take_changes())
@@ -125,7 +139,7 @@ class Scheduler:
                 continue
             start = sequence.num_computed_tokens
             num_tokens = len(sequence.token_ids) - start
-            if num_tokens == 1:
+            if num_tokens == 1 and sequence.scoring_depth is None:
                 if start < sequence.block_table.capacity or self._make_room(sequence, start + 1):
                     decodes.append(sequence)
                     budget -= 1
@@ -142,15 +156,15 @@ class Scheduler:
             sequence = self.waiting.head
             if 1 + len(sequence.followers) > len(self.free_rows):
                 break
-            cached_block_ids = self.blocks.find_cached_prefix(sequence)
-            start = len(cached_block_ids) * self.config.block_size
+            prefix = self.blocks.find_cached_prefix(sequence)
+            start = prefix.num_tokens
             num_tokens = self._limit_chunk(start, len(sequence.token_ids) - start, builder.budget)
-            if num_tokens == 0 or not self._has_room(sequence, cached_block_ids, start + num_tokens):
+            if num_tokens == 0 or not self._has_room(sequence, prefix, start + num_tokens):
                 break
             self.waiting.pop()
             if sequence.num_preemptions == 0:
                 builder.started.append(sequence.request_id)
-            self._admit(sequence, cached_block_ids, num_tokens)
+            self._admit(sequence, prefix, num_tokens)
             builder.add(sequence, num_tokens)
             builder.budget -= num_tokens
 
@@ -162,24 +176,24 @@ class Scheduler:
         end_of_pool = (first_block + self.config.num_usable_blocks) * self.config.block_size
         return min(num_tokens, budget, end_of_pool - start)
 
-    def _has_room(self, sequence: Sequence, cached_block_ids: list[int], end: int) -> bool:
+    def _has_room(self, sequence: Sequence, prefix: CachedPrefix, end: int) -> bool:
         """Whether all its tokens fit now; with a sliding window, those up to `end`.
 
         Every row in use must keep a block to grow into, or the newest would be preempted as soon as it has begun:
         that is a fifth of the preemptions, or fewer, at no loss of speed (benchmarks/paging.py, "pressure").
         """
         num_tokens = len(sequence.token_ids) if self.config.sliding_window is None else end
-        num_blocks = self.blocks.num_blocks_to_start(cached_block_ids, num_tokens)
+        num_blocks = self.blocks.num_blocks_to_start(prefix, num_tokens)
         num_blocks += self.beams.num_blocks_to_fork(sequence)
         if self.running:
             num_blocks += self.config.max_num_seqs - len(self.free_rows) + len(sequence.followers)
         return num_blocks <= self.blocks.pool.num_free_blocks
 
-    def _admit(self, sequence: Sequence, cached_block_ids: list[int], num_tokens: int) -> None:
+    def _admit(self, sequence: Sequence, prefix: CachedPrefix, num_tokens: int) -> None:
         for member in (sequence, *sequence.followers):
             member.row = self.free_rows.pop()
-        start = len(cached_block_ids) * self.config.block_size
-        self.blocks.start(sequence, cached_block_ids, start + num_tokens)
+        start = prefix.num_tokens
+        self.blocks.start(sequence, prefix, start + num_tokens)
         sequence.run()
         insort(self.running, sequence, key=BY_ORDER)
         if sequence.num_preemptions == 0:
@@ -236,12 +250,16 @@ class Scheduler:
         outputs: list[StepOutput] = []
         any_ended = False
         sequences = batch.sequences
-        for row, (index, token_id) in enumerate(zip(batch.sampling, sampled.token_ids, strict=True)):
+        without_drafts = batch.sampling[: len(batch.sampling) - len(batch.drafts)]
+        tokens = zip(without_drafts, sampled.token_ids, strict=not batch.drafts)
+        for row, (index, token_id) in enumerate(tokens):
             sequence = sequences[index]
             if sequence.status is not RUNNING:
                 continue
             if sequence.beam is not None:
                 self.beams.take(sequence, sampled.candidates.get(row), sampled.failures.get(row))
+                if sequence.scoring_depth is not None and row in sampled.candidates:
+                    outputs.append(self.beams.prompt_output(sequence, sampled.prompt_log_probs.get(index)))
                 continue
             if token_id is None:
                 outputs.append(self._fail(sequence, sampled.failures.get(row, "numerical_error")))
@@ -249,7 +267,8 @@ class Scheduler:
                 continue
             token_ids = sequence.token_ids
             end = len(token_ids)
-            token_ids.append(token_id)
+            new_token_ids = [token_id] if end < sequence.max_num_tokens else []
+            token_ids += new_token_ids
             finish_reason = stop_reason = None
             if end >= sequence.next_review or token_id in sequence.stop_token_ids:
                 finish_reason, stop_reason = self._review(sequence, end)
@@ -257,22 +276,54 @@ class Scheduler:
             output = StepOutput(
                 sequence.request_id,
                 sequence.choice_index,
-                [token_id],
+                new_token_ids,
                 finish_reason,
                 stop_reason,
                 sequence.num_cached_tokens,
             )
             if row in sampled.log_probs:
-                output.log_probs = [sampled.log_probs[row]]
+                output.log_probs = [sampled.log_probs[row]][: len(new_token_ids)]
+            if sequence.scoring_depth is not None:
+                output.prompt_log_probs = self.end_scoring(sequence, sampled.prompt_log_probs.get(index))
             outputs.append(output)
             if finish_reason is not None:
                 self._end_running(sequence)
                 any_ended = True
+        for output in self.speculator.verify(batch, sampled, self._take_tokens):
+            outputs.append(output)
+            any_ended = any_ended or output.finish_reason is not None
         if any_ended:
             self.running = [sequence for sequence in self.running if sequence.status is RUNNING]
         outputs += self.beams.advance()
         self.blocks.pool.check_count()
         return outputs
+
+    def _take_tokens(self, sequence: Sequence, token_ids: list[int | None], error: ErrorCode) -> StepOutput:
+        """Append tokens as so many steps would have done, up to the first that ends the sequence."""
+        taken: list[int] = []
+        finish_reason = stop_reason = None
+        for token_id in token_ids:
+            if token_id is None:
+                failed = self._fail(sequence, error)
+                failed.token_ids = taken
+                return failed
+            end = len(sequence.token_ids)
+            sequence.token_ids.append(token_id)
+            taken.append(token_id)
+            if end >= sequence.next_review or token_id in sequence.stop_token_ids:
+                finish_reason, stop_reason = self._review(sequence, end)
+            sequence.num_computed_tokens = end
+            if finish_reason is not None:
+                self._end_running(sequence)
+                break
+        return StepOutput(
+            sequence.request_id,
+            sequence.choice_index,
+            taken,
+            finish_reason,
+            stop_reason,
+            sequence.num_cached_tokens,
+        )
 
     def _review(self, sequence: Sequence, end: int) -> tuple[FinishReason | None, int | None]:
         """A block is full, the prompt is computed, or the sequence may be at its end: `end` tokens are computed now."""
@@ -282,6 +333,14 @@ class Scheduler:
         block_size = self.config.block_size
         sequence.next_review = min((end // block_size + 1) * block_size, sequence.max_num_tokens - 1)
         return sequence.finish_reason()
+
+    def end_scoring(
+        self, sequence: Sequence, prompt_log_probs: list[TokenLogProbs] | None
+    ) -> list[TokenLogProbs] | None:
+        """The prompt is computed: the request is told of it once, whichever of its choices came first."""
+        for choice in self.live[sequence.request_id]:
+            choice.scoring_depth = None
+        return prompt_log_probs
 
     def _fail(self, sequence: Sequence, error: ErrorCode) -> StepOutput:
         """There is no token. If logits were not finite, what it has read or written is not to be found by others."""
@@ -364,6 +423,7 @@ class Scheduler:
     def forget(self, sequence: Sequence) -> None:
         """It has ended, and holds nothing."""
         sequence.status = FINISHED
+        self.speculator.forget(sequence)
         choices = self.live[sequence.request_id]
         choices.remove(sequence)
         self._num_live -= 1

@@ -21,12 +21,14 @@ class Sequence:
     """
 
     __slots__ = (
+        "_ends_with_eos",
         "beam",
         "block_keys",
         "block_table",
         "choice_index",
         "followers",
         "leader",
+        "max_num_drafts",
         "max_num_tokens",
         "next_review",
         "num_cached_tokens",
@@ -37,6 +39,7 @@ class Sequence:
         "request",
         "request_id",
         "row",
+        "scoring_depth",
         "status",
         "stop_token_ids",
         "token_ids",
@@ -76,11 +79,17 @@ class Sequence:
         """Set if this is a seat of a beam search."""
         self.leader: Sequence | None = None
         self.followers: list[Sequence] = []
+        self.scoring_depth = params.prompt_logprobs
+        """Entries at each prompt position that the request asks for, until it was told them; None: it does not ask."""
         self.max_num_tokens = max_num_tokens
+        self.max_num_drafts = 0
+        """Most tokens that are guessed in a step; set by the speculator."""
         self.next_review = 0
         """Until so many tokens are computed, a new token needs no look at blocks, followers or length."""
         self.stop_token_ids = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
+        # A grammar says by an end of sequence that the output is complete.
+        self._ends_with_eos = not params.ignore_eos or params.grammar is not None
+        if self._ends_with_eos:
             self.stop_token_ids |= frozenset(request.eos_token_ids)
 
     def __repr__(self) -> str:
@@ -114,7 +123,7 @@ class Sequence:
     def end_at(self, num_tokens: int, token_id: int) -> tuple[FinishReason | None, int | None]:
         """The same, if `token_id` were the last of `num_tokens` tokens, prompt and output."""
         if token_id in self.stop_token_ids and num_tokens - self.num_prompt_tokens > self.request.params.min_tokens:
-            is_eos = not self.request.params.ignore_eos and token_id in self.request.eos_token_ids
+            is_eos = self._ends_with_eos and token_id in self.request.eos_token_ids
             return FinishReason.STOP, None if is_eos else token_id
         if num_tokens >= self.max_num_tokens:
             return FinishReason.LENGTH, None

@@ -9,10 +9,11 @@ import re
 from pathlib import Path
 from typing import Final, NoReturn
 
-from quire.config import ConfigError, EngineConfig, ExitCode
+from quire.config import ConfigError, EngineConfig, ExitCode, SpeculativeConfig
 from quire.sampling_params import MAX_LOGPROBS
 from quire.server.auth import key_digest, read_key_file
 from quire.server.settings import GenerationDefaults, Limits, ServerSettings
+from quire.server.speculative_flag import EXAMPLE, speculative_config
 
 API_KEY_VARIABLE: Final = "QUIRE_API_KEY"
 
@@ -133,6 +134,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     scheduler.add_argument(
         "--scheduling-policy", choices=("fcfs", "priority"), default="fcfs", help="(default: %(default)s)"
     )
+    scheduler.add_argument(
+        "--speculative-config",
+        type=speculative_config,
+        default=SpeculativeConfig(),
+        metavar="JSON",
+        help=f"guess tokens from the text so far; the output is the same: {EXAMPLE} (default: only who asks for it)",
+    )
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
@@ -222,6 +230,7 @@ def engine_config(flags: argparse.Namespace, model_dir: Path) -> EngineConfig:
         enable_prefix_caching=flags.enable_prefix_caching,
         enable_chunked_prefill=flags.enable_chunked_prefill,
         scheduling_policy=flags.scheduling_policy,
+        speculative_config=flags.speculative_config,
         num_threads=flags.num_threads,
         max_logprobs=flags.max_logprobs,
     )

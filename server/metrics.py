@@ -102,6 +102,9 @@ class _EngineCollector(Collector):
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", stats.prefix_cache_queries),
             ("prefix_cache_hits", "Prompt tokens found in the prefix cache", stats.prefix_cache_hits),
             ("num_preemptions", "Preempted sequences", stats.num_preemptions),
+            ("spec_decode_num_drafts", "Runs of guessed tokens that were verified", stats.num_draft_steps),
+            ("spec_decode_num_draft_tokens", "Guessed tokens", stats.num_drafted_tokens),
+            ("spec_decode_num_accepted_tokens", "Guessed tokens that were right", stats.num_accepted_tokens),
         )
         for name, text, value in counters:
             counter = CounterMetricFamily(f"vllm:{name}", text, labels=_LABELS)

@@ -68,6 +68,7 @@ class FakeEngine:
             dtype="float32",
             device="cpu",
             enable_prefix_caching=True,
+            max_logprobs=20,
             memory_budget=["pages  1 KiB"],
         )
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from quire.engine.random_numbers import uniform
-from quire.engine.sample_rows import SamplingOptions
 from quire.engine.sampler import sample
+from quire.engine.sampling_options import SamplingOptions
 
 VOCAB_SIZE = 50
 
@@ -45,8 +45,17 @@ def reference_distribution(logits: npt.NDArray[np.float64], options: Options) ->
         exponentials = np.where(kept, np.exp(scaled - scaled.max()), 0.0)
         return exponentials / exponentials.sum()
 
+    if options.typical_p < 1.0:
+        p = probabilities()
+        surprise = -np.log(np.where(p > 0, p, 1.0))
+        distance = np.where(p > 0, np.abs(surprise - (p * surprise).sum()), np.inf)
+        order = np.argsort(distance, kind="stable")
+        before = np.cumsum(p[order]) - p[order]
+        typical = np.zeros_like(kept)
+        typical[order[before < options.typical_p]] = True
+        kept &= typical
     if options.top_k:
-        kept &= scaled >= np.sort(scaled)[-min(options.top_k, len(scaled))]
+        kept &= scaled >= np.sort(np.where(kept, scaled, -np.inf))[-min(options.top_k, len(scaled))]
     if options.top_p < 1.0:
         p = probabilities()
         order = np.argsort(-p, kind="stable")
@@ -57,15 +66,6 @@ def reference_distribution(logits: npt.NDArray[np.float64], options: Options) ->
     if options.min_p:
         p = probabilities()
         kept &= p >= options.min_p * p.max()
-    if options.typical_p < 1.0:
-        p = probabilities()
-        surprise = -np.log(np.where(p > 0, p, 1.0))
-        distance = np.where(p > 0, np.abs(surprise - (p * surprise).sum()), np.inf)
-        order = np.argsort(distance, kind="stable")
-        before = np.cumsum(p[order]) - p[order]
-        typical = np.zeros_like(kept)
-        typical[order[before < options.typical_p]] = True
-        kept &= typical
     return probabilities()
 
 

@@ -14,7 +14,8 @@ from quire.kernels.cpu_workers import Worker
 from quire.sampling_params import SamplingParams
 from quire.scheduler.request import Request
 
-BLOCK_BYTES = 2 * 2 * 2 * 16 * 16 * 4  # K and V, layers, heads, tokens, head dim, float32
+BLOCK_BYTES = 2 * 2 * 2 * 16 * 16 * 4 + 16 * (4 + 20 * 8)
+"""K and V, layers, heads, tokens, head dim, float32; and a log-probability and 20 ids with theirs for each token."""
 
 
 @pytest.fixture
@@ -30,7 +31,13 @@ def test_budget_is_printed_line_by_line(start: Callable[..., Engine]) -> None:
     info = start(kv_cache_memory_bytes=50 * BLOCK_BYTES).info
     assert info.num_blocks == 50
     assert info.dtype == "float32"
-    assert [line.split()[0] for line in info.memory_budget] == ["weights", "activations", "KV-cache", "context"]
+    assert [line.split()[0] for line in info.memory_budget] == [
+        "weights",
+        "activations",
+        "KV-cache",
+        "log-probs",
+        "context",
+    ]
     assert "49 blocks of 16 = 784 tokens" in info.memory_budget[2]
 
 

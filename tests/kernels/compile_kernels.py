@@ -31,6 +31,7 @@ TYPE_NAMES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.float64: "*fp64",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -214,6 +215,20 @@ def small_operations(dtype: torch.dtype, head_dim: int, target: Target) -> list[
     ]
 
 
+def sampling(vocab_size: int, target: Target) -> list[Launch]:
+    """What follows the last layer: float32, whatever the model's dtype."""
+    num_rows = 64
+    logits = tensor(num_rows, vocab_size, dtype=torch.float32)
+    temperature, top_p, min_p = (tensor(num_rows, dtype=torch.float32) for _ in range(3))
+    integers, uniform = tensor(num_rows, dtype=torch.int64), tensor(num_rows, dtype=torch.float64)
+    bitmask = tensor(num_rows, -(-vocab_size // 32), dtype=torch.int32)
+    return [
+        *launches("sample", target, logits, temperature, integers, top_p, min_p, uniform),
+        *launches("token_bitmask", target, logits, bitmask, integers),
+        *(launch for num_top in (0, 1, 64) for launch in launches("log_probs", target, logits, integers, num_top)),
+    ]
+
+
 def cases() -> Iterator[tuple[str, Target, list[Launch]]]:
     """(name, target, launches): the main configurations on every target, the rarer ones where they are tightest."""
     bf16, fp16 = torch.bfloat16, torch.float16
@@ -230,6 +245,8 @@ def cases() -> Iterator[tuple[str, Target, list[Launch]]]:
         yield "prefill-bf16-d128-window-1seq", target, prefill(bf16, 128, 1, 1024, 1024, target)
         yield "prefill-bf16-d128-short", target, prefill(bf16, 128, 8, 16, None, target)
         yield "prefill-bf16-d256", target, prefill(bf16, 256, 2, 1024, None, target)
+        for vocab_size in (151_936, 262_144, 32_003):
+            yield f"sampling-fp32-v{vocab_size}", target, sampling(vocab_size, target)
     yield "decode-bf16-d80", H100, decode(bf16, 80, 8, None, H100)
     yield "prefill-bf16-d80", H100, prefill(bf16, 80, 2, 1024, None, H100)
 

@@ -79,10 +79,11 @@ def test_all_kernels_are_compiled_for_all_targets(report: Report, capsys: pytest
     with capsys.disabled():
         print("\n" + report.table())
     sources = sorted(Path(compile_kernels.__file__).parents[2].glob("kernels/*/triton.py"))
-    assert len(sources) == 5
-    kernels = {name for path in sources for name in kernel_names(path.parent.name)}
+    assert len(sources) == 8
+    of_logits = {name for op in ("sample", "token_bitmask", "log_probs") for name in kernel_names(op)}
+    of_layers = {name for path in sources for name in kernel_names(path.parent.name)} - of_logits
     for arch in ARCHS:
-        for dtype in ("bf16", "fp16"):
+        for dtype, kernels in (("bf16", of_layers), ("fp16", of_layers), ("fp32", of_logits)):
             compiled = {row.kernel for row in report.rows if row.arch == arch and dtype in row.case}
             assert compiled == kernels
 
@@ -90,7 +91,7 @@ def test_all_kernels_are_compiled_for_all_targets(report: Report, capsys: pytest
 def kernel_names(op: str) -> set[str]:
     """Names of the jit functions of an operation that are launched, not called by others."""
     members = vars(importlib.import_module(f"quire.kernels.{op}.triton"))
-    return {name for name, value in members.items() if isinstance(value, JITFunction) and not name.startswith("_")}
+    return {name for name, value in members.items() if isinstance(value, JITFunction) and name.endswith("_kernel")}
 
 
 def test_nothing_spills(report: Report) -> None:

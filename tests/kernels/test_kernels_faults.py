@@ -12,10 +12,14 @@ import pytest
 import torch
 import triton_interpreter
 from paged_problems import Shape, check, make_problem, run_decode, run_prefill
+from sampling_problems import ALL_OPTIONS, random_logits, tensors, uniform_numbers
 
 from quire.kernels.kv_write import kv_write as correct_kv_write
+from quire.kernels.log_probs import log_probs as correct_log_probs
 from quire.kernels.rms_norm import rms_norm as correct_rms_norm
 from quire.kernels.rope import rope as correct_rope
+from quire.kernels.sample import sample as correct_sample
+from quire.kernels.token_bitmask import apply_token_bitmask as correct_token_bitmask
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the variants are interpreted"),
@@ -111,6 +115,34 @@ def write_differs(run: Callable[..., None]) -> bool:
     return not torch.equal(caches, expected)
 
 
+def draws_differ(run: Callable[..., torch.Tensor]) -> bool:
+    """On spread and on flat rows, half of them with many ties, and a row at temperature 0 with several largest."""
+    for first, spread in enumerate((0.3, 3.0)):
+        logits = random_logits(len(ALL_OPTIONS), 3001, spread)
+        logits[first::2] = logits[first::2].bfloat16().float()
+        logits[1, 17::500] = 20.0  # the row at temperature 0
+        arguments = (logits, *tensors(ALL_OPTIONS, logits.device), uniform_numbers(len(logits)))
+        if not torch.equal(run(*arguments), correct_sample(*arguments, backend="reference")):
+            return True
+    return False
+
+
+def masks_differ(run: Callable[..., None]) -> bool:
+    logits, expected = random_logits(3, 5000).expand(2, 3, 5000).clone()
+    words = torch.randint(-(2**31), 2**31, (2, 150), generator=torch.Generator().manual_seed(0)).int()
+    run(logits, words, torch.tensor([2, 0]))
+    correct_token_bitmask(expected, words, torch.tensor([2, 0]), backend="reference")
+    return not torch.equal(logits, expected)
+
+
+def log_probs_differ(run: Callable[..., tuple[torch.Tensor, ...]]) -> bool:
+    logits = random_logits(3, 5000)
+    logits[1] = logits[1].round()
+    arguments = (logits, torch.tensor([7, 4999, 0]), 9)
+    results = zip(run(*arguments), correct_log_probs(*arguments, backend="reference"), strict=True)
+    return not all(torch.allclose(result, expected, rtol=1e-6) for result, expected in results)
+
+
 @pytest.mark.parametrize(
     ("op", "old", "new", "differs"),
     [
@@ -120,13 +152,48 @@ def write_differs(run: Callable[..., None]) -> bool:
         ("rope", "(group - num_query_groups) * BLOCK_HEADS", "group * BLOCK_HEADS", rotation_differs),
         ("kv_write", "(slot % BLOCK_SIZE)", "((slot + 1) % BLOCK_SIZE)", write_differs),
         ("kv_write", "tl.store(v_cache + target, values", "tl.store(v_cache + target, keys", write_differs),
+        ("sample", "kept = values >= bound", "kept = values > bound", draws_differ),
+        ("sample", 'weight = mass_of(values, top, float("-inf"))', "weight = weight * 1.0", draws_differ),
+        ("sample", "order_key(bound), k, False", "order_key(bound), k // 2, False", draws_differ),
+        ("sample", "tl.where(reaches_third, high, third)", "third", draws_differ),
+        ("sample", "bound = tl.maximum(bound, kth)", "bound = bound + 0.0", draws_differ),
+        ("sample", "/ vocab_size)", "* vocab_size)", draws_differ),
+        ("sample", "threshold = tl.maximum(threshold, nucleus)", "threshold = nucleus", draws_differ),
+        ("sample", "+ tl.cumsum(kept.to(tl.int32), 0) - 1", "+ tl.cumsum(kept.to(tl.int32), 0)", draws_differ),
+        ("sample", "tiles < chosen_tile, masses", "tiles <= chosen_tile, masses", draws_differ),
+        ("sample", "number = number * 0.0", "number = number * 1.0", draws_differ),
+        ("sample", "other=0)\n    tl.store(out", "other=0) + 1\n    tl.store(out", draws_differ),
+        ("token_bitmask", ">> (token % 32)", ">> (31 - token % 32)", masks_differ),
+        ("token_bitmask", "token // 32 < num_words, other=0", "token // 32 < num_words, other=-1", masks_differ),
+        ("token_bitmask", "tl.load(rows + entry)", "entry", masks_differ),
+        ("log_probs", "0x7FFFFFFF - token_id)", "token_id)", log_probs_differ),
+        ("log_probs", "log_total += top.to(tl.float64)", "log_total += 0.0", log_probs_differ),
+        ("log_probs", "rank < previous", "rank <= previous", log_probs_differ),
+        ("log_probs", "values == bound", "values == top", log_probs_differ),
     ],
 )
 def test_faults_in_small_operations_are_caught(
     op: str, old: str, new: str, differs: Callable[..., bool], triton_device: torch.device, tmp_path: Path
 ) -> None:
-    assert not differs(getattr(triton_interpreter.load_variant(op, tmp_path, []), op))
     assert differs(getattr(triton_interpreter.load_variant(op, tmp_path, [(old, new)]), op))
+
+
+@pytest.mark.parametrize(
+    ("op", "differs"),
+    [
+        ("rms_norm", norm_differs),
+        ("rms_norm", norm_of_zero_differs),
+        ("rope", rotation_differs),
+        ("kv_write", write_differs),
+        ("sample", draws_differ),
+        ("token_bitmask", masks_differ),
+        ("log_probs", log_probs_differ),
+    ],
+)
+def test_small_operations_without_a_fault(
+    op: str, differs: Callable[..., bool], triton_device: torch.device, tmp_path: Path
+) -> None:
+    assert not differs(getattr(triton_interpreter.load_variant(op, tmp_path, []), op))
 
 
 NARROW_OFFSETS = """

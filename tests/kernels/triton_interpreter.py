@@ -25,8 +25,15 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
 
-KERNEL_MODULES = tuple(
-    f"quire.kernels.{op}.triton" for op in ("rms_norm", "rope", "kv_write", "paged_decode", "paged_prefill")
+KERNEL_MODULES = (
+    "quire.kernels.triton_probability",
+    *(
+        f"quire.kernels.{op}.triton"
+        for op in (
+            *("rms_norm", "rope", "kv_write", "paged_decode", "paged_prefill"),
+            *("sample", "token_bitmask", "log_probs"),
+        )
+    ),
 )
 
 

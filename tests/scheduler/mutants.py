@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType
 
-from quire.scheduler import admission, scheduler
+from quire.scheduler import admission, scheduler, speculation
+from quire.scheduler.batch_builder import BatchBuilder
 from quire.scheduler.block_manager import BlockManager
 from quire.scheduler.block_pool import BlockPool
 from quire.scheduler.block_table import BlockTable
@@ -21,6 +22,7 @@ from quire.scheduler.prefix_cache import PrefixCache
 from quire.scheduler.request_queue import RequestQueue
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import Sequence
+from quire.scheduler.speculation import Speculator
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,11 @@ MUTANTS = [
         ("self._keys[block_id] = None", "pass"),
     ),
     mutant(
-        "I6", "a second block takes over a key", PrefixCache, "insert", ("if key not in self._block_ids:", "if True:")
+        "I6",
+        "a block that is replaced keeps its key",
+        PrefixCache,
+        "insert",
+        ("self.forget(holder)", "pass"),
     ),
     mutant(
         "I6",
@@ -170,8 +176,7 @@ MUTANTS = [
         "a partial block is shared, not copied",
         BlockTable,
         "fork",
-        ("self.block_ids[:num_shared]", "self.block_ids[: -(-num_tokens // self._block_size)]"),
-        ("(table.copy_target,) = table.grow(1)", "num_tokens % self._block_size or table.grow(1)"),
+        ("table.adopt_and_copy_last(", "table.adopt("),
     ),
     mutant(
         "I10",
@@ -195,7 +200,7 @@ MUTANTS = [
     ),
     mutant("I11", "the salt is missing from the key", PrefixCache, "root_key", ('("salt", salt)', '("salt", "")')),
     mutant(
-        "I11",
+        "I24",
         "the block before is missing from the key",
         PrefixCache,
         "extend_keys",
@@ -207,6 +212,20 @@ MUTANTS = [
         Scheduler,
         "preempt",
         ("sequence.num_computed_tokens = 0", "pass"),
+    ),
+    mutant(
+        "I11",
+        "the copy that a hit goes on in is not handed out",
+        BlockManager,
+        "start",
+        ("self._copying.append(table)", "pass"),
+    ),
+    mutant(
+        "I11",
+        "a copy goes into the last block of a table that has grown",
+        BlockTable,
+        "take_copy",
+        ("self.copy_target)", "self.block_ids[-1])"),
     ),
     mutant("I13", "the rows of followers are lost", Scheduler, "_orphan_followers", ("self.free_rows += ", "_ = ")),
     mutant(
@@ -222,6 +241,13 @@ MUTANTS = [
         Scheduler,
         "_schedule_waiting",
         ("builder.budget -= num_tokens", "pass"),
+    ),
+    mutant(
+        "I14",
+        "a prompt that is scored goes with the decodes",
+        BatchBuilder,
+        "add",
+        ("num_tokens > 1 or sequence.scoring_depth is not None", "num_tokens > 1"),
     ),
     mutant(
         "I15", "a preempted sequence stays in running", Scheduler, "preempt", ("self.running.remove(sequence)", "pass")
@@ -268,6 +294,13 @@ MUTANTS = [
         Scheduler,
         "_schedule_waiting",
         ("1 + len(sequence.followers)", "2 + len(sequence.followers)"),
+    ),
+    mutant(
+        "I17",
+        "a hit takes a block more than the pool has",
+        BlockManager,
+        "_find_scored_prefix",
+        ("> self._num_usable_blocks", "> self._num_usable_blocks + 1"),
     ),
     mutant(
         "I18",
@@ -344,6 +377,13 @@ MUTANTS = [
         ),
     ),
     mutant(
+        "I25",
+        "a token is told of a request that asks for none",
+        Scheduler,
+        "update",
+        ("[token_id] if end < sequence.max_num_tokens else []", "[token_id]"),
+    ),
+    mutant(
         "I26",
         "a failed step's blocks are cached",
         Scheduler,
@@ -358,6 +398,129 @@ MUTANTS = [
         "a fork shares blocks in another order",
         BlockTable,
         "fork",
-        ("self.block_ids[:num_shared]", "self.block_ids[:num_shared][::-1]"),
+        ("table.adopt(self.block_ids[:num_shared])", "table.adopt(self.block_ids[:num_shared][::-1])"),
+    ),
+    mutant(
+        "I29",
+        "a hit ignores how deep is stored",
+        PrefixCache,
+        "find_scored",
+        ("not _reaches(self._depths[block_id], depth)", "self._depths[block_id] is None"),
+    ),
+    mutant(
+        "I29",
+        "a hit ignores whether anything is stored",
+        PrefixCache,
+        "find_scored",
+        ("or not _reaches(self._depths[block_id], depth)", ""),
+    ),
+    mutant(
+        "I29",
+        "the token before the boundary is not computed again",
+        BlockManager,
+        "_find_scored_prefix",
+        ("num_blocks = num_tokens //", "num_blocks = (num_tokens - 1) //"),
+        ("* self.block_size - 1, copies_last=True)", "* self.block_size)"),
+    ),
+    mutant(
+        "I29",
+        "every choice tells the prompt",
+        Scheduler,
+        "end_scoring",
+        ("self.live[sequence.request_id]", "[sequence]"),
+    ),
+    mutant(
+        "I30",
+        "a deeper block does not take over",
+        PrefixCache,
+        "insert",
+        ("depth is None or _reaches(self._depths[holder], depth)", "True"),
+    ),
+    mutant(
+        "I30",
+        "a block beyond the prompt counts as scored",
+        BlockManager,
+        "cache_full_blocks",
+        ("sequence.num_prompt_tokens // self.block_size", "last"),
+        ("0 if sequence.scoring_depth is None else ", ""),
+        ("sequence.scoring_depth if index", "sequence.request.params.prompt_logprobs if index"),
+    ),
+    mutant(
+        "I30",
+        "a block that is handed out anew keeps its depth",
+        PrefixCache,
+        "forget",
+        ("self._depths[block_id] = None", "pass"),
+    ),
+    mutant(
+        "I8",
+        "look-ahead takes a block more than it needs",
+        BlockManager,
+        "look_ahead",
+        ("self.grow(sequence, num_missing)", "self.grow(sequence, num_missing + 1)"),
+    ),
+    mutant(
+        "I9",
+        "wrong drafts stay computed",
+        Speculator,
+        "verify",
+        ("yield output", "sequence.num_computed_tokens += 1 + len(drafts) - len(output.token_ids); yield output"),
+    ),
+    mutant(
+        "I11",
+        "a fork's copy goes to a block that was taken for drafts",
+        BlockTable,
+        "take_copy",
+        ("self.copy_target", "self.block_ids[-1]"),
+    ),
+    mutant("I14", "drafts do not use up the budget", Speculator, "add_drafts", ("builder.budget -= ", "_ = ")),
+    mutant(
+        "I14",
+        "drafts go past the last token that may be generated",
+        Speculator,
+        "_draft",
+        ("sequence.max_num_tokens - 1", "sequence.max_num_tokens"),
+    ),
+    mutant(
+        "I16",
+        "drafts of an aborted sequence are verified",
+        Speculator,
+        "verify",
+        ("if sequence.status is RUNNING:", "if True:"),
+    ),
+    mutant(
+        "I21",
+        "drafts get blocks that are not free",
+        BlockManager,
+        "look_ahead",
+        ("if num_missing + num_reserved <= self.pool.num_free_blocks:", "if True:"),
+    ),
+    mutant(
+        "I24",
+        "a block that ends with a wrong draft is cached",
+        Scheduler,
+        "_take_tokens",
+        ("self._review(sequence, end)", "self._review(sequence, end + 1)"),
+    ),
+    mutant(
+        "I25",
+        "one token too many is accepted",
+        speculation,
+        "reached_tokens",
+        ("sampled[:num_reached]", "sampled[: num_reached + 1]"),
+    ),
+    mutant(
+        "I25",
+        "tokens behind a stop are told",
+        Scheduler,
+        "_take_tokens",
+        ("taken.append(token_id)", "taken[:] = token_ids"),
+    ),
+    mutant(
+        "I25",
+        "a failure behind a wrong draft counts",
+        Speculator,
+        "verify",
+        ("reached_tokens(", "[None] if None in sampled.token_ids[rows] else reached_tokens("),
     ),
 ]

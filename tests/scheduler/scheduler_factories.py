@@ -8,6 +8,7 @@ from typing import Any
 
 from quire.config import SchedulerConfig
 from quire.sampling_params import SamplingParams
+from quire.scheduler.block_manager import CachedPrefix
 from quire.scheduler.output import SampledTokens, ScheduledBatch, StepOutput
 from quire.scheduler.request import Request
 from quire.scheduler.scheduler import Scheduler
@@ -21,8 +22,8 @@ _numbers = count()
 class EagerScheduler(Scheduler):
     """Admits whatever fits at this moment, so that a few tokens make a crowd."""
 
-    def _has_room(self, sequence: Sequence, cached_block_ids: list[int], end: int) -> bool:
-        return self.blocks.num_blocks_to_start(cached_block_ids, end) <= self.blocks.pool.num_free_blocks
+    def _has_room(self, sequence: Sequence, prefix: CachedPrefix, end: int) -> bool:
+        return self.blocks.num_blocks_to_start(prefix, end) <= self.blocks.pool.num_free_blocks
 
 
 def make_scheduler(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from simulation.ghost import Poison
 from simulation.workload import EOS
 from simulation.world import World
 
@@ -12,7 +13,6 @@ from quire.config import SchedulerConfig
 from quire.sampling_params import SamplingParams
 from quire.scheduler.output import ScheduledBatch
 from quire.scheduler.request import Request
-from quire.scheduler.sequence import Sequence
 
 VOCAB_SIZE = 3
 
@@ -48,19 +48,30 @@ class SchedulerMachine(RuleBasedStateMachine):
         shared=st.integers(0, 12),
         own=st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=4),
         n=st.integers(1, 3),
-        max_tokens=st.one_of(st.none(), st.integers(1, 6)),
+        max_tokens=st.one_of(st.none(), st.integers(0, 6)),
+        depth=st.sampled_from([None, None, 0, 2]),
         stop=st.sampled_from([(), (1,)]),
         priority=st.integers(0, 1),
         salt=st.sampled_from(["", "salt"]),
+        seed=st.integers(0, 2),
+        num_drafts=st.sampled_from([0, 1, 3]),
     )
-    def submit(self, shared, own, n, max_tokens, stop, priority, salt) -> None:
-        params = SamplingParams(n=n, max_tokens=max_tokens, stop_token_ids=stop)
+    def submit(self, shared, own, n, max_tokens, depth, stop, priority, salt, seed, num_drafts) -> None:
+        if max_tokens == 0 and depth is None:
+            depth = 1
+        params = SamplingParams(
+            n=n,
+            max_tokens=max_tokens,
+            prompt_logprobs=depth,
+            stop_token_ids=stop,
+            num_speculative_tokens=num_drafts,
+        )
         self.world.submit(
             Request(
                 request_id=str(self.num_requests),
                 prompt_token_ids=[2] * shared + own,
                 params=params,
-                seed=0,
+                seed=seed,
                 eos_token_ids=(EOS,),
                 priority=priority,
                 cache_salt=salt,
@@ -105,8 +116,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         return None
 
     @staticmethod
-    def _last_row(batch: ScheduledBatch) -> Sequence | None:
-        return batch.sequences[batch.sampling[-1]] if batch.sampling else None
+    def _last_row(batch: ScheduledBatch) -> Poison | None:
+        if not batch.sampling:
+            return None
+        index = batch.sampling[-1]
+        return Poison(batch.sequences[index], len(batch.drafts.get(index, ())))
 
 
 SchedulerMachine.TestCase.settings = settings(

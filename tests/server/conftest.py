@@ -43,6 +43,7 @@ INFO = EngineInfo(
     dtype="float32",
     device="cpu",
     enable_prefix_caching=True,
+    max_logprobs=20,
     memory_budget=["weights 0 B"],
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from quire.scheduler.output import ScheduledBatch
-from quire.scheduler.sequence import Sequence
+from simulation.ghost import Poison
 from simulation.workload import draw_request, draw_swarm
 from simulation.world import World
 
@@ -41,7 +41,8 @@ class Simulation:
     def disturb_in_flight(self) -> None:
         self.disturb("in flight")
 
-    def poison(self, batch: ScheduledBatch) -> Sequence | None:
+    def poison(self, batch: ScheduledBatch) -> Poison | None:
         if batch.sampling and self.rng.random() < self.swarm.poison:
-            return batch.sequences[self.rng.choice(batch.sampling)]
+            index = self.rng.choice(batch.sampling)
+            return Poison(batch.sequences[index], self.rng.randint(0, len(batch.drafts.get(index, ()))))
         return None

@@ -7,6 +7,8 @@ from collections import Counter
 from quire.config import SchedulerConfig
 from quire.scheduler.block_pool import BlockPool
 from quire.scheduler.invariants import InvariantError
+from quire.scheduler.output import ErrorCode, StepOutput
+from quire.scheduler.prefix_cache import PrefixCache
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import Sequence
 from quire.scheduler.status import RUNNING
@@ -47,12 +49,31 @@ class WatchedPool(BlockPool):
                 self._released[block_id] = None
 
 
+class WatchedPrefixCache(PrefixCache):
+    """Sees that the deeper of two blocks is found (I30)."""
+
+    __slots__ = ("marks",)
+
+    def insert(self, key: bytes, block_id: int, depth: int | None = None) -> None:
+        holder = self._block_ids.get(key)
+        super().insert(key, block_id, depth)
+        stored = self.depth_of(self._block_ids[key])
+        if depth is not None and (stored is None or stored < depth):
+            raise InvariantError("I30", f"block {block_id} has depth {depth}, the one that is found {stored}")
+        self.marks["key taken over by a deeper block"] += holder not in (None, self._block_ids[key])
+
+
 class WatchedScheduler(Scheduler):
     """Checks every victim (I19) and counts what happens, so that a run can say what it has covered."""
 
     def __init__(self, config: SchedulerConfig, max_preemptions: int, ghost: GhostModel) -> None:
         super().__init__(config, max_preemptions=max_preemptions)
-        self.marks: Counter[str] = Counter()
+        self.marks = ghost.marks
+        cache = WatchedPrefixCache(
+            config.num_blocks, config.block_size, namespace=config.cache_namespace, window=config.sliding_window
+        )
+        cache.marks = self.marks
+        self.blocks.prefix_cache = self.blocks.pool._prefix_cache = cache
         self.blocks.pool = WatchedPool(self.blocks.pool, ghost, self.marks)
         self._freed_nothing: list[set[int]] = []
 
@@ -75,6 +96,13 @@ class WatchedScheduler(Scheduler):
         num_forked = len(self.running) - num_running
         self.marks["fork"] += num_forked
         self.marks["no block left to fork into"] += num_followers - num_forked
+
+    def _take_tokens(self, sequence: Sequence, token_ids: list[int | None], error: ErrorCode) -> StepOutput:
+        output = super()._take_tokens(sequence, token_ids, error)
+        self.marks["draft cut by a stop"] += len(output.token_ids) < len(token_ids) and None not in token_ids
+        self.marks["draft cut by a failure"] += None in token_ids and len(token_ids) > 1
+        self.marks["draft after a preemption"] += sequence.num_preemptions > 0
+        return output
 
     def preempt(self, sequence: Sequence) -> None:
         if sequence.status is not RUNNING:

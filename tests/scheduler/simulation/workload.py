@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-from quire.config import SchedulerConfig
+from quire.config import SchedulerConfig, SpeculativeConfig
 from quire.sampling_params import SamplingParams
 from quire.scheduler.request import Request
 from simulation.beam_oracle import PairStops
@@ -19,6 +19,7 @@ class Swarm:
 
     config: SchedulerConfig
     vocab_size: int
+    speculation: bool
     salts: tuple[str, ...]
     max_preemptions: int
     max_choices: int
@@ -33,6 +34,8 @@ class Swarm:
     """Share of the requests that are beam searches."""
     poison: float
     """Probabilities a step."""
+    score: float
+    """Probability that a request asks for the log-probabilities of its prompt."""
 
 
 def draw_swarm(rng: random.Random) -> Swarm:
@@ -53,6 +56,7 @@ def draw_swarm(rng: random.Random) -> Swarm:
         enable_chunked_prefill=chunked,
         policy=rng.choice(("fcfs", "fcfs", "priority")),
         sliding_window=rng.choice((None, None, None, 2, 3, 5, 8, 16)),
+        speculative_config=draw_speculation(rng),
     )
     vocab_size = rng.choice((3, 6, 20))
     most_choices = rng.choice((1, 1, 2, 4))
@@ -60,6 +64,7 @@ def draw_swarm(rng: random.Random) -> Swarm:
         config=config,
         max_preemptions=rng.choice((1, 2, 8)),
         vocab_size=vocab_size,
+        speculation=config.speculative_config.num_speculative_tokens > 0,
         salts=rng.choice((("",), ("",), ("", "a"), ("a", "b"))),
         max_choices=most_choices if rng.random() < 0.05 else min(most_choices, max_num_seqs),
         prompts=tuple(
@@ -72,28 +77,46 @@ def draw_swarm(rng: random.Random) -> Swarm:
         reset=rng.choice((0.0, 0.0, 0.02)),
         beams=rng.choice((0.0, 0.0, 0.2, 0.6)),
         poison=rng.choice((0.0, 0.0, 0.03)),
+        score=rng.choice((0.0, 0.0, 0.2, 0.6)),
+    )
+
+
+def draw_speculation(rng: random.Random) -> SpeculativeConfig:
+    """Off in a third of the swarms. Short n-grams, so that there are guesses even among 20 tokens."""
+    min_ngram = rng.choice((1, 1, 2))
+    return SpeculativeConfig(
+        num_speculative_tokens=rng.choice((0, 1, 2, 4, 4, 8)) if rng.random() < 0.8 else 0,
+        min_ngram=min_ngram,
+        max_ngram=min_ngram + rng.choice((0, 2)),
     )
 
 
 def draw_request(rng: random.Random, swarm: Swarm, request_id: str) -> Request:
-    """Half of the prompts are prefixes of what others begin with, half of these with a tail of their own."""
+    """Half of the prompts, and all that are scored, are prefixes of what others begin with, half of these with a tail
+    of their own."""
     random_number = rng.random
     limit = min(swarm.config.max_model_len, swarm.config.max_pool_tokens)
-    num_shared = int(limit * random_number() ** 1.5) if random_number() < 0.6 else 0
+    scored = random_number() < swarm.score
+    exponent = 0.6 if scored else 1.5
+    num_shared = int(limit * random_number() ** exponent) if scored or random_number() < 0.6 else 0
     num_own = 0 if num_shared and random_number() < 0.5 else 1 + int((limit - num_shared) * random_number() ** 2)
     prompt = list(rng.choice(swarm.prompts)[:num_shared])
     prompt += rng.choices(range(swarm.vocab_size), k=num_own)
     room = limit - len(prompt) if random_number() < 0.95 else limit
     max_tokens = 1 + int(min(swarm.max_output, max(room, 1)) * random_number())
+    if scored and random_number() < 0.3:
+        max_tokens = 0
     params = SamplingParams(
+        prompt_logprobs=rng.choice((0, 1, 1, 3)) if scored else None,
         n=1 + int(swarm.max_choices * random_number()),
-        max_tokens=None if random_number() < 0.1 else max_tokens,
+        max_tokens=None if random_number() < 0.1 and max_tokens else max_tokens,
         min_tokens=min(max_tokens, rng.choice((0, 0, 0, 1, 3))),
         stop_token_ids=rng.choice(((), (), (), (1,), (EOS,))),
         ignore_eos=random_number() < 0.7,
+        num_speculative_tokens=rng.choice((None, None, None, 0, 3)) if swarm.speculation else 0,
     )
     stop_texts = None
-    if random_number() < swarm.beams:
+    if max_tokens and random_number() < swarm.beams:
         params = draw_beam_search(rng, swarm, params)
         stop_texts = rng.choice((None, None, PairStops((0, 1)), PairStops((2, 2))))
     return Request(

@@ -14,7 +14,7 @@ from quire.scheduler.preemption import MAX_PREEMPTIONS
 from quire.scheduler.request import AdmissionError, Request
 from quire.scheduler.sequence import Sequence
 from quire.scheduler.status import FINISHED, RUNNING
-from simulation.ghost import POISON, GhostModel, oracle
+from simulation.ghost import POISON, GhostModel, Poison, log_prob, oracle, oracle_of_prompt
 from simulation.watched import WatchedScheduler
 
 KEYS_EVERY = 16
@@ -49,7 +49,11 @@ class World:
         """Choices that have had no end yet: neither finished nor aborted."""
         self.num_steps = 0
         self.max_preemptions_seen = 0
+        self._num_preemptions = 0
         self._progress: dict[Sequence, tuple[int, int]] = {}
+        self._told: set[str] = set()
+        """Requests that were told the log-probabilities of their prompt."""
+        self._depth_of_block: dict[int, tuple[bytes, int]] = {}
         self._content_of_key: dict[bytes, int] = {}
         self._key_of_content: dict[int, bytes] = {}
 
@@ -80,13 +84,13 @@ class World:
 
     def step(
         self,
-        poison: Callable[[ScheduledBatch], Sequence | None] = lambda batch: None,
+        poison: Callable[[ScheduledBatch], Poison | None] = lambda batch: None,
         in_flight: Callable[[], None] = lambda: None,
     ) -> None:
         """One step with all checks.
 
         Args:
-            poison: names a sampling sequence of the batch whose values are not to be finite.
+            poison: names values of a sampling sequence of the batch that are not to be finite.
             in_flight: what happens between schedule() and update().
         """
         scheduler = self.scheduler
@@ -99,18 +103,18 @@ class World:
         self._check_scheduled(batch)
         poisoned = poison(batch)
         sampled = self.ghost.forward(batch, poisoned)
-        poisoned_request = None if poisoned is None else poisoned.request_id
-        poisoned_is_beam = poisoned is not None and poisoned.beam is not None
+        num_computed = self._num_computed(batch, sampled.token_ids)
         progress = [
             (sequence, (sequence.num_computed_tokens + num_tokens, sequence.num_preemptions))
-            for sequence, num_tokens in zip(batch.sequences, batch.num_scheduled_tokens, strict=True)
+            for sequence, num_tokens in zip(batch.sequences, num_computed, strict=True)
         ]
         in_flight()
         outputs = scheduler.update(batch, sampled)
-        self._take(outputs, poisoned, poisoned_request if poisoned_is_beam else None)
+        self._take(outputs, poisoned)
         self._progress.update((sequence, done) for sequence, done in progress if sequence.status is RUNNING)
         invariants.check_pool(scheduler)
         self._check_cached_content()
+        self._check_stored_log_probs()
 
     def drain(self) -> None:
         """Nothing more is submitted: everything must end (I17)."""
@@ -137,14 +141,42 @@ class World:
         invariants.check_batch(scheduler, batch)
         self.marks["copy of a partial block"] += len(batch.block_copies)
         self.marks["chunk"] += len(batch.sampling) < len(batch.sequences)
+        self.marks["draft in a batch with a preemption"] += bool(
+            batch.drafts and scheduler.stats().num_preemptions > self._num_preemptions
+        )
+        self._num_preemptions = scheduler.stats().num_preemptions
+        block_size = self.config.block_size
+        targets = {target for _, target in batch.block_copies}
         first_waiting = scheduler.waiting.head.order if scheduler.waiting else None
         for sequence in batch.sequences:
+            self.marks["look-ahead block"] += sequence.block_table.capacity >= len(sequence.token_ids) + block_size
             done = self._progress.get(sequence)
             if done != (sequence.num_computed_tokens, sequence.num_preemptions):
-                self._check_start(sequence, done, first_waiting)
+                self._check_start(sequence, done, first_waiting, targets)
+
+    def _num_computed(self, batch: ScheduledBatch, sampled: list[int | None]) -> list[int]:
+        """What the step adds to each sequence's computed tokens: wrong drafts, and those behind them, do not count."""
+        num_computed, marks = list(batch.num_scheduled_tokens), self.marks
+        row = len(batch.sampling) - len(batch.drafts)
+        for index, drafts in batch.drafts.items():
+            own = sampled[row : row + 1 + len(drafts)]
+            num_right = next((n for n, draft in enumerate(drafts) if own[n] != draft), len(drafts))
+            num_computed[index] = 1 + num_right
+            row += len(own)
+            marks["draft accepted"] += num_right
+            marks["draft rejected"] += len(drafts) - num_right
+            marks["all of several drafts accepted"] += num_right == len(drafts) > 1
+            marks["failure behind a wrong draft"] += None in own and own.index(None) > num_right
+        if row != len(sampled):
+            raise InvariantError("I23", f"{len(sampled)} rows of logits, {row} are wanted")
+        return num_computed
 
     def _check_start(
-        self, sequence: Sequence, done: tuple[int, int] | None, first_waiting: tuple[int, int, int] | None
+        self,
+        sequence: Sequence,
+        done: tuple[int, int] | None,
+        first_waiting: tuple[int, int, int] | None,
+        copy_targets: set[int],
     ) -> None:
         """A sequence that is not where the last step left it: admitted, forked, or back after a preemption."""
         computed, num_preemptions = sequence.num_computed_tokens, sequence.num_preemptions
@@ -158,7 +190,14 @@ class World:
         if first_waiting is not None and first_waiting < sequence.order and not is_fork:
             raise InvariantError("I18", f"overtook the head of the queue: {sequence}")
         marks, table = self.marks, sequence.block_table
-        if computed % self.config.block_size:
+        if sequence.scoring_depth is not None and computed:
+            marks["scoring hit"] += 1
+            marks["scoring hit after a preemption"] += num_preemptions > 0
+            marks["scoring hit on a copied block"] += (
+                table.block_ids[computed // self.config.block_size] in copy_targets
+            )
+            marks["scoring hit with a window"] += self.config.sliding_window is not None
+        elif computed % self.config.block_size:
             marks["fork with a partial block"] += 1
         elif computed:
             marks["hit"] += 1
@@ -167,21 +206,41 @@ class World:
             marks["hit after a preemption"] += num_preemptions > 0
             marks["hit behind the window"] += table.num_released > 0
 
-    def _take(self, outputs: list[StepOutput], poisoned: Sequence | None, poisoned_search: str | None) -> None:
+    def _take(self, outputs: list[StepOutput], poison: Poison | None) -> None:
         for output in outputs:
             key = (output.request_id, output.choice_index)
             choice = self.open.get(key)
             if choice is None:
                 raise InvariantError("I16", f"output for {key}, which has ended")
+            num_good = None
+            if poison is not None and choice.sequence is poison.sequence:
+                num_good = len(choice.token_ids) + poison.first_row
+            elif poison is not None and poison.fails_a_search(output.request_id):
+                num_good = len(choice.token_ids)
             choice.token_ids += output.token_ids
+            self._check_told(choice, output)
             if output.finish_reason is not None:
                 self._end(key)
                 self.marks[f"finish: {output.finish_reason.value}"] += 1
-                failed = choice.sequence is poisoned or output.request_id == poisoned_search
-                self._compare(choice, output, failed)
+                self._compare(choice, output, num_good)
 
-    def _compare(self, choice: Choice, output: StepOutput, poisoned: bool) -> None:
-        """The differential oracle, I25: what the request alone, without a cache, would have been told."""
+    def _check_told(self, choice: Choice, output: StepOutput) -> None:
+        """I29: once, before anybody's end but by failure, and the right numbers."""
+        request_id, depth = output.request_id, choice.request.params.prompt_logprobs
+        if output.prompt_log_probs is not None:
+            if depth is None or request_id in self._told:
+                raise InvariantError("I29", f"{request_id} is told what it does not ask for, or told again")
+            if output.prompt_log_probs != oracle_of_prompt(choice.request, depth):
+                raise InvariantError("I29", f"wrong log-probabilities: {choice.sequence}")
+            self._told.add(request_id)
+        elif depth is not None and request_id not in self._told and output.finish_reason is not FinishReason.ERROR:
+            raise InvariantError("I29", f"the prompt is computed, and {request_id} is told nothing of it")
+
+    def _compare(self, choice: Choice, output: StepOutput, num_good: int | None) -> None:
+        """The differential oracle, I25: what the request alone, without a cache, would have been told.
+
+        If it ends in a step with poison, `num_good` output tokens come before the first that is not finite.
+        """
         token_ids, finish_reason, stop_reason, log_prob = oracle(
             choice.request,
             output.choice_index,
@@ -189,9 +248,11 @@ class World:
             self.config.sliding_window,
             self.vocab_size,
         )
-        if poisoned or finish_reason is FinishReason.ERROR:
-            finish_reason, stop_reason, token_ids = FinishReason.ERROR, None, token_ids[: len(choice.token_ids)]
-            log_prob = None
+        failed_search = choice.request.params.use_beam_search and num_good is not None
+        dead_end = finish_reason is FinishReason.ERROR
+        if failed_search or dead_end or (num_good is not None and num_good < max(len(token_ids), 1)):
+            num_told = len(choice.token_ids) if num_good is None else num_good
+            finish_reason, stop_reason, log_prob, token_ids = FinishReason.ERROR, None, None, token_ids[:num_told]
         told = (choice.token_ids, output.finish_reason, output.stop_reason, output.cumulative_log_prob)
         expected = (token_ids, finish_reason, stop_reason, log_prob)
         if choice.request.params.use_beam_search:
@@ -231,3 +292,15 @@ class World:
                 if key in content_of_key or self._key_of_content.setdefault(content, key) != key:
                     raise InvariantError("I24", f"block {block_id} is cached, but holds something else")
                 content_of_key[key] = content
+
+    def _check_stored_log_probs(self) -> None:
+        """I30: what counts as stored is there, deep enough and of these tokens."""
+        cache, ghost = self.scheduler.blocks.prefix_cache, self.ghost
+        for key, block_id in cache.items():
+            depth = cache.depth_of(block_id)
+            if depth is None or self._depth_of_block.get(block_id) == (key, depth):
+                continue
+            for content, entry in zip(ghost.pages[block_id], ghost.log_probs[block_id], strict=True):
+                if entry is None or entry[0] != log_prob(content) or entry[1] < depth:
+                    raise InvariantError("I30", f"block {block_id} is cached to depth {depth}, but holds {entry}")
+            self._depth_of_block[block_id] = key, depth

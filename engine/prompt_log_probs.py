@@ -1,0 +1,191 @@
+"""Log-probabilities of prompt tokens: computed with the chunks of a prompt, kept with its pages, told at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from quire.engine.log_prob_pages import LogProbEntries, LogProbPages
+from quire.scheduler.output import MIN_LOG_PROB, SampledTokens, ScheduledBatch, TokenLogProbs
+from quire.scheduler.sequence import Sequence
+
+MAX_LOGITS_BYTES = 64 * 2**20
+"""Of the logits that exist at once; what is made of them takes an eighth at a time."""
+ROW_MULTIPLE = 8
+"""A CPU's matrix products give a row the same bits whenever its neighbours fill such groups: measured with MKL and
+oneDNN, float32, float16 and bfloat16, 1 to 16 threads. Of fewer than 4 rows a thread they may be others."""
+
+LogitsFunction = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredChunk:
+    """A part of a prompt that one step computes and whose logits say how probable the tokens after it were."""
+
+    index: int
+    """Into `ScheduledBatch.sequences`."""
+    sequence: Sequence
+    depth: int
+    start: int
+    end: int
+    """The step computes the tokens [start, end)."""
+    num_rows: int
+    """The first so many of them have a prompt token after them."""
+
+
+def scored_chunks(batch: ScheduledBatch) -> list[ScoredChunk]:
+    """The chunks of a batch whose requests ask for `prompt_logprobs`, in the batch's order; they are never decodes."""
+    chunks = []
+    for index in range(batch.num_decodes, len(batch.sequences)):
+        sequence = batch.sequences[index]
+        if sequence.scoring_depth is not None:
+            start = sequence.num_computed_tokens
+            end = start + batch.num_scheduled_tokens[index]
+            num_rows = min(end, sequence.num_prompt_tokens - 1) - start
+            chunks.append(ScoredChunk(index, sequence, sequence.scoring_depth, start, end, num_rows))
+    return chunks
+
+
+def rows_at_once(vocab_size: int) -> int:
+    """Rows whose logits exist at once."""
+    return max(MAX_LOGITS_BYTES // (4 * vocab_size) // ROW_MULTIPLE, 1) * ROW_MULTIPLE
+
+
+def log_prob_entries(
+    hidden: torch.Tensor, token_ids: torch.Tensor, depth: int, vocab_size: int, logits: LogitsFunction
+) -> tuple[LogProbEntries, torch.Tensor]:
+    """What each row's distribution says of a token, and its `depth` most probable ones.
+
+    Args:
+        hidden: [R, hidden_size], R > 0: what `logits` takes.
+        token_ids: [R] int64, on the same device.
+
+    Returns:
+        Entries of the R rows, and [R] bool on the host: whether the row's logits are finite at their largest.
+    """
+    parts: list[tuple[torch.Tensor, ...]] = []
+    num_rows = rows_at_once(vocab_size)
+    for rows, row_token_ids in zip(hidden.split(num_rows), token_ids.split(num_rows), strict=True):
+        padded = F.pad(rows, (0, 0, 0, -len(rows) % ROW_MULTIPLE))
+        row_logits = logits(padded)[: len(rows)]
+        step = max(num_rows // 8, 1)
+        for part, ids in zip(row_logits.split(step), row_token_ids.split(step), strict=True):
+            parts.append(_entries_of_rows(part, ids, depth))
+    log_prob, top_ids, top_log_probs, finite = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+    return LogProbEntries(log_prob.numpy(), top_ids.int().numpy(), top_log_probs.numpy()), finite
+
+
+def _entries_of_rows(logits: torch.Tensor, token_ids: torch.Tensor, depth: int) -> tuple[torch.Tensor, ...]:
+    """log-probs [R] float32, top ids [R, depth] int64, their log-probs [R, depth] float32, finite [R] bool."""
+    log_probs = F.log_softmax(logits, dim=-1)
+    top_ids = top_token_ids(logits, depth)
+    chosen = torch.cat((token_ids[:, None], top_ids), dim=1)
+    values = log_probs.gather(1, chosen).nan_to_num(nan=MIN_LOG_PROB).clamp(min=MIN_LOG_PROB)
+    return values[:, 0], top_ids, values[:, 1:], logits.amax(dim=-1).isfinite()
+
+
+def top_token_ids(logits: torch.Tensor, depth: int) -> torch.Tensor:
+    """Ids of the largest logits of each row, [R, depth] int64; of equal ones the lower id comes first.
+
+    `topk` leaves the order of ties open, so it is given keys without any: a logit's bits, made monotone, above the id.
+    """
+    vocab_size = logits.shape[-1]
+    if depth == 0:
+        return torch.empty((len(logits), 0), dtype=torch.int64, device=logits.device)
+    bits = (logits + 0.0).view(torch.int32)  # -0.0 becomes 0.0
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    ids = torch.arange(vocab_size - 1, -1, -1, device=logits.device)
+    keys = (bits.long() << 32) + ids
+    best = keys.topk(depth, dim=-1).values
+    return vocab_size - 1 - (best & 0xFFFFFFFF)
+
+
+class PromptScores:
+    """What is known so far of one prompt's tokens: entries of the positions before `num_known`."""
+
+    __slots__ = ("entries", "finite", "num_known", "sequence")
+
+    def __init__(self, sequence: Sequence, depth: int) -> None:
+        self.sequence = sequence
+        self.entries = LogProbEntries.zeros(sequence.num_prompt_tokens, depth)
+        self.num_known = 1
+        """Nothing says how probable the first token is: its entry is never looked at."""
+        self.finite = True
+
+    def extend(self, entries: LogProbEntries) -> None:
+        end = self.num_known + len(entries.log_prob)
+        self.entries.put(slice(self.num_known, end), entries)
+        self.num_known = end
+
+    def told(self) -> list[TokenLogProbs]:
+        """Of all tokens but the first."""
+        entries = self.entries.part(slice(1, None), self.entries.top_token_ids.shape[1])
+        token_ids = self.sequence.token_ids[1 : self.sequence.num_prompt_tokens]
+        columns = (entries.log_prob.tolist(), entries.top_token_ids.tolist(), entries.top_log_probs.tolist())
+        return [TokenLogProbs(*fields) for fields in zip(token_ids, *columns, strict=True)]
+
+
+class PromptLogProbs:
+    """Follows the prompts that are scored, by row. A window may let go of pages that are still to be told of."""
+
+    def __init__(self, pages: LogProbPages, max_num_seqs: int, vocab_size: int) -> None:
+        self._pages = pages
+        self._vocab_size = vocab_size
+        self._scores: list[PromptScores | None] = [None] * max_num_seqs
+
+    def collect(
+        self, hidden: torch.Tensor, batch: ScheduledBatch, sampled: SampledTokens, logits: LogitsFunction
+    ) -> None:
+        """Store what this step says of prompt tokens; `sampled` gets what is complete.
+
+        A prompt with logits that were not finite fails: it loses its sampled token, or candidates.
+
+        Args:
+            hidden: of the rows that `scored_chunks(batch)` counts, one chunk after the other.
+            logits: the model's.
+        """
+        chunks = scored_chunks(batch)
+        if not chunks:
+            return
+        token_ids = [
+            token_id
+            for chunk in chunks
+            for token_id in chunk.sequence.token_ids[chunk.start + 1 : chunk.start + 1 + chunk.num_rows]
+        ]
+        depth = max(chunk.depth for chunk in chunks)
+        if token_ids:
+            wanted = torch.tensor(token_ids, device=hidden.device)
+            entries, finite = log_prob_entries(hidden, wanted, depth, self._vocab_size, logits)
+        else:
+            entries, finite = LogProbEntries.zeros(0, depth), torch.ones(0, dtype=torch.bool)
+        row = 0
+        for chunk in chunks:
+            rows = slice(row, row + chunk.num_rows)
+            self._take(chunk, entries.part(rows, chunk.depth), bool(finite[rows].all()))
+            row = rows.stop
+        for position, index in enumerate(batch.sampling):
+            scores = self._scores[batch.sequences[index].row]
+            if scores is not None and scores.sequence is batch.sequences[index]:
+                sampled.prompt_log_probs[index] = scores.told()
+                if not scores.finite:
+                    sampled.token_ids[position] = None
+                    sampled.candidates.pop(position, None)
+                    sampled.failures.pop(position, None)
+                self._scores[scores.sequence.row] = None
+
+    def _take(self, chunk: ScoredChunk, entries: LogProbEntries, finite: bool) -> None:
+        """Pages get the entries of the chunk's own tokens: that of its first was known before, from logits or pages."""
+        sequence, block_ids = chunk.sequence, chunk.sequence.block_table.block_ids
+        scores = self._scores[sequence.row]
+        if scores is None or scores.sequence is not sequence or scores.num_known != chunk.start + 1:
+            scores = self._scores[sequence.row] = PromptScores(sequence, chunk.depth)
+            if chunk.start:
+                scores.extend(self._pages.read(block_ids, 1, chunk.start + 1, chunk.depth))
+        scores.extend(entries)
+        scores.finite = scores.finite and finite
+        self._pages.write(
+            block_ids, chunk.start, chunk.end, scores.entries.part(slice(chunk.start, chunk.end), chunk.depth)
+        )
