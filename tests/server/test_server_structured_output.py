@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -23,7 +22,7 @@ from tests.engine.grammar_catastrophes import REGEXES
 from tests.engine.test_engine_grammar_compiler import FAKE_CHILD
 from tests.server.structured_output_cases import AT_THE_LIMIT, BAD, GOOD, NOT_COMPILED
 from tests.server.test_server_bad_inputs import check, slowest_health
-from tests.server.test_server_engine import Quire, text_of_stream
+from tests.server.test_server_engine import Quire, all_gone, text_of_stream
 
 PLANTED_CHILD = (sys.executable, "-c", FAKE_CHILD, "honest")
 """Takes every grammar, and hangs at the regex "hang"."""
@@ -216,7 +215,7 @@ def tales() -> Iterator[Quire]:
         children += server.children
         code, log = server.end(signal.SIGTERM)
         assert (code, "Traceback" in log) == (0, False), log
-        assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+        assert all_gone(children, 0)
     finally:
         server.kill()
 
