@@ -47,9 +47,15 @@ class Quire:
 
     @property
     def engine_pid(self) -> int:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        (pid,) = map(int, children)
+        (pid,) = (pid for pid in self.children if b"engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes())
         return pid
+
+    @property
+    def children(self) -> list[int]:
+        """The engine, and from a moment after the start those that check grammars."""
+        return [
+            int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        ]
 
     def complete(self, **body: Any) -> httpx.Response:
         return self.http.post("/v1/completions", json={"prompt": "Once upon a time", "max_tokens": 16, **body})
@@ -67,6 +73,8 @@ class Quire:
     def kill(self) -> None:
         self.process.kill()
         self.process.communicate()
+        if hasattr(self, "http"):
+            self.http.close()
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +84,7 @@ def tales() -> Iterator[Quire]:
     try:
         server.complete(max_tokens=1)
         yield server
-        pid = server.engine_pid
+        children = server.children
         thread, answers = in_background(lambda: server.complete(max_tokens=1000, stream=True, ignore_eos=True, n=4))
         while not server.http.get("/health/ready").json()["running"]:
             time.sleep(0.02)
@@ -88,9 +96,26 @@ def tales() -> Iterator[Quire]:
         assert code == ExitCode.DRAIN_DEADLINE, log
         assert "Traceback" not in log
         assert last_error(answers[0]) == "server_shutdown"
-        assert not Path(f"/proc/{pid}").exists()
+        assert all_gone(children, 0)
     finally:
         server.kill()
+
+
+def all_gone(pids: list[int], seconds: float = 2.0) -> bool:
+    """Whether these processes have ended, or do so in time; those that their new parent has not buried yet have."""
+
+    def is_there(pid: int) -> bool:
+        try:
+            return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
+    deadline = time.monotonic() + seconds
+    while any(is_there(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def in_background(function: Callable[[], httpx.Response]) -> tuple[threading.Thread, list[httpx.Response]]:
@@ -264,13 +289,13 @@ def test_stop_strings_cut_at_every_split(tales: Quire) -> None:
 def test_idle_server_ends_cleanly() -> None:
     server = Quire("--drain-grace", "0.2")
     try:
-        pid = server.engine_pid
+        children = server.children
         code, log = server.end(signal.SIGTERM)
     finally:
         server.kill()
     assert code == ExitCode.CLEAN, log
     assert "Traceback" not in log
-    assert not Path(f"/proc/{pid}").exists()
+    assert all_gone(children)
 
 
 def test_death_of_the_engine_is_told_and_is_an_exit_code() -> None:
@@ -280,6 +305,7 @@ def test_death_of_the_engine_is_told_and_is_an_exit_code() -> None:
         thread, answers = in_background(lambda: server.complete(max_tokens=1000, ignore_eos=True))
         while server.http.get("/load").json() == {"server_load": 0}:
             time.sleep(0.02)
+        children = server.children
         os.kill(pid, signal.SIGKILL)
         thread.join()
         assert answers[0].json()["error"]["code"] == "engine_unavailable"
@@ -289,3 +315,15 @@ def test_death_of_the_engine_is_told_and_is_an_exit_code() -> None:
         server.kill()
     assert code == ExitCode.ENGINE_LOST, log
     assert "Traceback" not in log
+    assert all_gone(children)
+
+
+def test_a_server_that_is_killed_leaves_no_process() -> None:
+    server = Quire()
+    try:
+        assert server.complete(max_tokens=1, regex="a").status_code == 200
+        children = server.children
+        assert len(children) >= 2
+    finally:
+        server.kill()
+    assert all_gone(children)
