@@ -15,6 +15,8 @@ from types import CodeType
 
 from quire.scheduler import admission, scheduler, speculation
 from quire.scheduler.batch_builder import BatchBuilder
+from quire.scheduler.beam import BeamGroup
+from quire.scheduler.beam_search import BeamSearch
 from quire.scheduler.block_manager import BlockManager
 from quire.scheduler.block_pool import BlockPool
 from quire.scheduler.block_table import BlockTable
@@ -451,6 +453,73 @@ MUTANTS = [
         PrefixCache,
         "forget",
         ("self._depths[block_id] = None", "pass"),
+    ),
+    mutant(
+        "I3",
+        "beams that die keep their blocks",
+        BeamSearch,
+        "_reseat",
+        ("seat.block_table.release()", "pass"),
+    ),
+    mutant(
+        "I11",
+        "further children of a beam share its last block's content from too early",
+        BeamSearch,
+        "_bear",
+        (
+            "self._scheduler.blocks.fork(parent, seat, parent.num_computed_tokens)",
+            "self._scheduler.blocks.fork(parent, seat, parent.num_computed_tokens - 1); "
+            "seat.num_computed_tokens = parent.num_computed_tokens",
+        ),
+    ),
+    mutant(
+        "I11",
+        "a group that came back forks behind what its beams have in common",
+        BeamSearch,
+        "preempt",
+        ("common_length(group.live)", "len(group.live[0].token_ids) - 1"),
+    ),
+    mutant(
+        "I13",
+        "idle seats lose their rows",
+        BeamSearch,
+        "end",
+        ("for seat in group.seats]", "for seat in group.live]"),
+    ),
+    mutant(
+        "I8",
+        "a beam that was preempted with its group is computed all the same",
+        BatchBuilder,
+        "drop_preempted",
+        ("self.decodes = [sequence for sequence in self.decodes if sequence.status is RUNNING]", "pass"),
+    ),
+    mutant(
+        "I12",
+        "beams of one group are taken for victims of each other",
+        scheduler,
+        "choose_victims",
+        ("groupby(running, key=_unit_of)", "groupby(running, key=id)"),
+    ),
+    mutant(
+        "I25",
+        "hypotheses from outside the best are kept",
+        BeamGroup,
+        "advance",
+        ("if rank < self.width:", "if True:"),
+    ),
+    mutant(
+        "I25",
+        "length is not penalised",
+        BeamGroup,
+        "_normalised",
+        ("log_prob / math.pow(length, self._length_penalty)", "log_prob"),
+    ),
+    mutant(
+        "I25",
+        "the first choice is told what another beam may still change",
+        BeamGroup,
+        "certain_output",
+        ("for seat in self.live)", "for seat in self.live[:1])"),
     ),
     mutant(
         "I8",
