@@ -181,6 +181,41 @@ def test_best_of_is_the_most_probable_choice(tales: Quire) -> None:
     assert tales.complete(**body, best_of=5).json()["choices"][0]["text"] == every[best]["text"]
 
 
+@pytest.mark.parametrize("stop", [None, ["."], [" and", ","]])
+def test_beams_stream_what_they_answer(tales: Quire, stop: list[str] | None) -> None:
+    """The certain beginning comes early, the rest and the other choices at the end, stop strings nowhere."""
+    body: dict[str, Any] = {"use_beam_search": True, "n": 2, "best_of": 4, "max_tokens": 40, "stop": stop}
+    whole = tales.complete(**body).json()["choices"]
+    assert [choice["index"] for choice in whole] == [0, 1]
+    assert whole[0]["text"] != whole[1]["text"]
+    scores = [choice["cumulative_logprob"] / len(choice["text"]) for choice in whole]
+    assert all(score < 0 for score in scores)
+    texts, num_chunks = ["", ""], 0
+    for line in tales.complete(stream=True, **body).text.split("\n\n"):
+        if line.startswith("data: {"):
+            for choice in json.loads(line[6:])["choices"]:
+                texts[choice["index"]] += choice["text"]
+                num_chunks += bool(choice["text"])
+    assert texts == [choice["text"] for choice in whole]
+    for choice in whole:
+        if choice["finish_reason"] == "stop" and choice["stop_reason"] is not None:
+            assert choice["stop_reason"] in (stop or [])
+        assert not any(text in choice["text"] for text in stop or [])
+    assert stop is None or {choice["finish_reason"] for choice in whole} == {"stop"}
+
+
+def test_scores_of_a_prompt_are_the_same_cold_and_warm(tales: Quire) -> None:
+    text = "Once there was a miller who was poor, but he had a beautiful daughter. " * 4
+    body: dict[str, Any] = {"prompt": text, "echo": True, "logprobs": 2, "max_tokens": 0}
+    cold, warm = (tales.complete(**body).json() for _ in range(2))
+    assert cold["choices"][0]["text"] == text
+    assert cold["choices"] == warm["choices"]
+    assert warm["usage"]["prompt_tokens_details"]["cached_tokens"] >= 16
+    assert warm["usage"]["completion_tokens"] == 0
+    longer = tales.complete(**{**body, "max_tokens": 1, "temperature": 0}).json()["choices"][0]["logprobs"]
+    assert longer["token_logprobs"][:-1] == cold["choices"][0]["logprobs"]["token_logprobs"]
+
+
 def test_second_time_the_prompt_is_cached(tales: Quire) -> None:
     prompt = "There was once upon a time a queen who had a little daughter, and a stepmother who was a witch. " * 3
     first, second = (tales.complete(prompt=prompt, temperature=0).json() for _ in range(2))
