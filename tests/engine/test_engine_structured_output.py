@@ -35,10 +35,10 @@ def closing_bias(llm: LLM) -> dict[int, float]:
     bias = {
         token_id: -8.0
         for token_id in range(llm.info.vocab_size)
-        if (text := llm.tokenizer.decode([token_id])) and (text.isspace() or text in ("0", ",", "e", "E"))
+        if (text := llm.tokenizer.decode([token_id])) and (text.isspace() or text.isdigit() or text in ("e", "E"))
     }
-    bias |= {llm.tokenizer.encode(each, add_special_tokens=False)[-1]: 7.0 for each in ('"', "}", "]")}
-    return bias | dict.fromkeys(llm.info.eos_token_ids, 9.0)
+    bias |= {llm.tokenizer.encode(each, add_special_tokens=False)[-1]: 12.0 for each in ('"', "}", "]")}
+    return bias | dict.fromkeys(llm.info.eos_token_ids, 16.0)
 
 
 def texts(outputs: list[RequestOutput]) -> list[str]:
@@ -48,7 +48,7 @@ def texts(outputs: list[RequestOutput]) -> list[str]:
 def test_a_hundred_schemas_in_one_batch(llm: LLM) -> None:
     bias = closing_bias(llm)
     params = [
-        SamplingParams(grammar=Grammar("json_schema", json.dumps(schema)), max_tokens=300, logit_bias=bias, seed=index)
+        SamplingParams(grammar=Grammar("json_schema", json.dumps(schema)), max_tokens=200, logit_bias=bias, seed=index)
         for index, schema in enumerate(SCHEMAS.values())
     ]
     outputs = llm.generate([PROMPT] * len(params), params)
@@ -63,7 +63,7 @@ def test_a_hundred_schemas_in_one_batch(llm: LLM) -> None:
         else:
             assert choice.finish_reason == "length", name
     assert len(SCHEMAS) == 100
-    assert num_ended >= 95
+    assert num_ended >= 85
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
