@@ -20,6 +20,7 @@ from quire.scheduler.beam_search import BeamSearch
 from quire.scheduler.block_manager import BlockManager
 from quire.scheduler.block_pool import BlockPool
 from quire.scheduler.block_table import BlockTable
+from quire.scheduler.choices import Choices
 from quire.scheduler.prefix_cache import PrefixCache
 from quire.scheduler.request_queue import RequestQueue
 from quire.scheduler.scheduler import Scheduler
@@ -76,7 +77,7 @@ MUTANTS = [
         "I3",
         "an ended sequence keeps its blocks",
         Scheduler,
-        "_end_running",
+        "end_running",
         ("sequence.block_table.release()", "pass"),
     ),
     mutant("I3", "a released table is not emptied", BlockTable, "release", ("self.block_ids.clear()", "pass")),
@@ -229,12 +230,14 @@ MUTANTS = [
         "take_copy",
         ("self.copy_target)", "self.block_ids[-1])"),
     ),
-    mutant("I13", "the rows of followers are lost", Scheduler, "_orphan_followers", ("self.free_rows += ", "_ = ")),
+    mutant(
+        "I13", "the rows of followers are lost", Choices, "orphan_followers", ("self._scheduler.free_rows += ", "_ = ")
+    ),
     mutant(
         "I13",
         "a row is given back twice",
         Scheduler,
-        "_end_running",
+        "end_running",
         ("self.free_rows.append(sequence.row)", "self.free_rows += [sequence.row] * 2"),
     ),
     mutant(
@@ -257,9 +260,9 @@ MUTANTS = [
     mutant(
         "I15",
         "followers are forgotten with their leader",
-        Scheduler,
-        "_orphan_followers",
-        ("self._enqueue_group(followers)", "pass"),
+        Choices,
+        "orphan_followers",
+        ("self.enqueue(followers)", "pass"),
     ),
     mutant(
         "I16",
@@ -330,7 +333,7 @@ MUTANTS = [
         "I20",
         "the last row is not given back",
         Scheduler,
-        "_end_running",
+        "end_running",
         ("self.free_rows.append(sequence.row)", "self.free_rows += [sequence.row] if len(self.live) > 1 else []"),
     ),
     mutant(
@@ -343,8 +346,8 @@ MUTANTS = [
     mutant(
         "I23",
         "a fork takes over the whole prompt",
-        Scheduler,
-        "_fork_followers",
+        Choices,
+        "fork_followers",
         ("leader.num_prompt_tokens - 1", "leader.num_prompt_tokens"),
     ),
     mutant(
