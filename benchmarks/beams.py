@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich.console import Console
 from rich.progress import Progress
 
 from quire.engine.llm import LLM
@@ -166,7 +167,7 @@ def main() -> None:
     peer.generation_config = transformers.GenerationConfig(pad_token_id=0)
     results: dict[str, Any] = {}
     cases = [(length, width) for length in args.prompt_lengths for width in args.widths]
-    with Progress(transient=True) as progress:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("measuring", total=len(cases) * args.rounds * 3)
         for length, width in cases:
             prompt = make_prompt(llm, length)
@@ -178,7 +179,7 @@ def main() -> None:
             figures = results[f"prompt {length}, width {width}"] = measure(
                 runs, args.rounds, lambda: progress.advance(bar)
             )
-            progress.console.print(f"prompt {length}, width {width}: {figures}", highlight=False)
+            print(f"prompt {length}, width {width}: {figures}", flush=True)
     if args.json:
         about = {
             "python": platform.python_version(),

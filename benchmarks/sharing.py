@@ -21,16 +21,19 @@ import platform
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.progress import track
 
 from quire.config import SchedulerConfig
-from quire.engine.llm import LLM
 from quire.sampling_params import SamplingParams
 from quire.scheduler.output import Candidates, SampledTokens, ScheduledBatch
 from quire.scheduler.request import Request
 from quire.scheduler.scheduler import Scheduler
+
+if TYPE_CHECKING:
+    from quire.engine.llm import LLM
 
 BLOCK_SIZE = 16
 WIDTHS = (2, 4, 6)
@@ -51,6 +54,7 @@ SAMPLED_FOR_EACH_SEARCH = 20
 TOKEN_ID = 7
 
 Lengths = tuple[int, int]
+STDERR = Console(stderr=True)
 
 
 class Census:
@@ -144,7 +148,9 @@ def search(llm: LLM, prompts: list[list[int]], pairs: list[Lengths], width: int)
 
 
 def load(model: str | None, num_requests: int) -> LLM:
-    """With room for the widest searches, so that none is preempted."""
+    """With room for the widest searches, so that none is preempted. Simulations do without it, and without torch."""
+    from quire.engine.llm import LLM
+
     num_seqs = num_requests * max(WIDTHS)
     num_tokens = num_requests * 2 * sum(MEANS["ShareGPT-like"]) * max(WIDTHS)
     return LLM(
@@ -167,7 +173,10 @@ def measure_real(llm: LLM, means: Lengths, num_requests: int) -> dict[str, Any]:
         (start + result.outputs[0].token_ids)[:num_in] for result, (num_in, _) in zip(sampled, pairs, strict=True)
     ]
     num_preemptions = llm.stats().num_preemptions
-    saved = {str(width): search(llm, prompts, pairs, width) for width in track(WIDTHS, "searching", transient=True)}
+    saved = {
+        str(width): search(llm, prompts, pairs, width)
+        for width in track(WIDTHS, "searching", console=STDERR, transient=True)
+    }
     if llm.stats().num_preemptions != num_preemptions:
         raise SystemExit("Searches were preempted: make the KV-cache larger.")
     return {"requests": len(pairs), "mean_lengths": mean_lengths(pairs), "saved": saved}
@@ -194,7 +203,7 @@ def measure_simulated(means: Lengths, num_requests: int) -> dict[str, Any]:
         "searches": num_searches,
         "mean_lengths_of_searches": mean_lengths(pairs[:num_searches]),
     }
-    for name, width in track(cases, "simulating", transient=True):
+    for name, width in track(cases, "simulating", console=STDERR, transient=True):
         result.setdefault(name, {})[str(width)] = simulate(
             pairs if models[name] is None else pairs[:num_searches], width, models[name]
         )
