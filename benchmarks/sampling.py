@@ -195,6 +195,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--threads", type=int, help="threads of both on a CPU (default: as many as torch takes)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--vocab-size", type=int, default=151_936)
     parser.add_argument("--seconds", type=float, default=1.0, help="measuring time of each case (default 1)")
@@ -203,6 +204,8 @@ def main() -> None:
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if arguments.device == "cuda" or (arguments.device == "auto" and has_gpu) else "cpu")
     torch.manual_seed(0)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
     bandwidth = copy_bandwidth(device)
     machine = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),

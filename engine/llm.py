@@ -121,7 +121,7 @@ class LLM:
 
         Raises:
             InvalidParameterError: a parameter or a token id is out of bounds.
-            AdmissionError: a prompt can never fit. Nothing was generated then.
+            AdmissionError: a prompt can never fit, or a grammar cannot be used. Nothing was generated then.
         """
         each: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else [*prompts]
         params = self._one_for_each(sampling_params or SamplingParams(), len(each))

@@ -13,7 +13,7 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from quire.config import ConfigError, EngineConfig, ExitCode
@@ -31,7 +31,7 @@ from quire.engine.messages import (
     StepResult,
     ToEngine,
 )
-from quire.engine.wire import ConnectionClosedError, EngineChannel, WireError
+from quire.engine.wire import MAX_FRAME_BYTES, ConnectionClosedError, EngineChannel, WireError
 from quire.sampling_params import InvalidParameterError
 from quire.scheduler.output import SchedulerStats, StepOutput
 from quire.scheduler.request import AdmissionError, Request
@@ -39,6 +39,11 @@ from quire.scheduler.request import AdmissionError, Request
 ORPHAN_GRACE_SECONDS = 1.0
 """How long a step may go on after the front process has died."""
 PROGRESS_INTERVAL_SECONDS = 0.05
+MAX_SCORES_BYTES = MAX_FRAME_BYTES // 4
+"""Of prompts' log-probabilities in one frame, unless a single prompt has more."""
+MAX_ENTRY_BYTES = 96
+MAX_TOP_BYTES = 16
+"""What a TokenLogProbs takes as msgpack: by itself, and for each of its best tokens."""
 
 Progress = Callable[[str, int, int], None]
 log = logging.getLogger(__name__)
@@ -146,10 +151,29 @@ def _loop(channel: EngineChannel, engine: StepEngine) -> ExitCode:
         if engine.has_work():
             began = time.monotonic()
             outputs = engine.step()
-            channel.send(StepResult(outputs=outputs, stats=engine.stats(), started=engine.started, began=began))
+            for part in in_frames(outputs):
+                channel.send(StepResult(outputs=part, stats=engine.stats(), started=engine.started, began=began))
         elif messages:
             # Nothing to step for, but aborts and resets changed the gauges that the front process shows.
             channel.send(StepResult(outputs=[], stats=engine.stats()))
+
+
+def in_frames(outputs: list[StepOutput]) -> Iterator[list[StepOutput]]:
+    """Cut one step's outputs so that none is too large for a frame: many scored prompts may end in the same step.
+
+    What one prompt takes is bounded when it is admitted, by far less than a frame.
+    """
+    part: list[StepOutput] = []
+    num_bytes = 0
+    for output in outputs:
+        if output.prompt_log_probs:
+            num_top = len(output.prompt_log_probs[0].top_token_ids)
+            num_bytes += len(output.prompt_log_probs) * (MAX_ENTRY_BYTES + num_top * MAX_TOP_BYTES)
+            if num_bytes > MAX_SCORES_BYTES and part:
+                yield part
+                part, num_bytes = [], 0
+        part.append(output)
+    yield part
 
 
 def _apply(channel: EngineChannel, engine: StepEngine, messages: Iterable[ToEngine]) -> bool:

@@ -106,3 +106,4 @@ def check_logits(logits: torch.Tensor, body: Body) -> None:
         "logits must be float32 [R, V], V > 0, the last dimension contiguous",
         logits,
     )
+    require(body != "triton" or logits.shape[1] <= 2**18, "on a GPU the vocabulary may have 2^18 tokens", logits)

@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 
 from quire.kernels import cpu_lanes as lanes
-from quire.kernels.cpu_elements import I32, I64, Builder, Kinds, Value, emitted, int32_pointer, move, nothing, read
+from quire.kernels.cpu_elements import I32, I64, Builder, Kinds, Value, emitted, int32_pointer, move, read
 from quire.kernels.cpu_lanes import LANES, LOWEST, at, integer, load, store
 
 BLOCK = 64
@@ -124,20 +124,29 @@ def exp_block(builder: Builder, kinds: Kinds, block: Value, top: Value, threshol
     return _sum64(builder, total)
 
 
-@emitted(nothing)
+@emitted(lambda *_: types.int64)
 def bucket_block(
     builder: Builder, kinds: Kinds, block: Value, top: Value, scale: Value, low: Value, buckets: Value
-) -> None:
-    """buckets[i] = int32 of (top - block[i]) * scale, at most NUM_BUCKETS - 1; NUM_BUCKETS where block[i] < low."""
+) -> Value:
+    """buckets[i] = int32 of (top - block[i]) * scale, at most NUM_BUCKETS - 1; returns bit i where block[i] >= low."""
     integers = ir.VectorType(I32, LANES)
     tops, scales, lows = (lanes.splat(builder, scalar) for scalar in (top, scale, low))
-    last, beyond = lanes.constant(NUM_BUCKETS - 1.0), lanes.constant(float(NUM_BUCKETS))
+    last = lanes.constant(NUM_BUCKETS - 1.0)
+    kept_bits = integer(0)
     for offset in range(0, BLOCK, LANES):
         vector = load(builder, at(builder, block, offset))
         place = builder.fmul(builder.fsub(tops, vector), scales)
         place = builder.select(builder.fcmp_ordered("<", place, last), place, last)
-        place = builder.select(builder.fcmp_ordered(">=", vector, lows), place, beyond)
         store(builder, builder.fptosi(place, integers), at(builder, buckets, offset))
+        kept = builder.bitcast(builder.fcmp_ordered(">=", vector, lows), ir.IntType(LANES))
+        kept_bits = builder.or_(kept_bits, builder.shl(builder.zext(kept, I64), integer(offset)))
+    return kept_bits
+
+
+@emitted(lambda *_: types.int64)
+def _lowest_bit(builder: Builder, kinds: Kinds, bits: Value) -> Value:
+    """The place of the lowest bit that is set; there must be one."""
+    return builder.cttz(bits, ir.Constant(ir.IntType(1), 1))
 
 
 @numba.njit
@@ -189,20 +198,22 @@ def select_threshold(row, maxima, num_blocks, top, low, is_mass, target, masses,
     """The largest logit t >= low such that the logits >= t have at least `target` of weight; `low` if there is none.
 
     A weight is exp(logit - top) if `is_mass`, else 1. A histogram finds the bucket that t lies in, a heap orders that
-    bucket alone. `masses` has room for two blocks, `weights` for NUM_BUCKETS + 1 numbers, `heap` for the row.
+    bucket alone. `masses` has room for two blocks, `weights` for NUM_BUCKETS numbers, `heap` for the row.
     """
     scale = np.float32(NUM_BUCKETS - 1) / max(min(top - low, np.float32(64.0)), np.float32(1e-6))
     buckets = int32_pointer(move(masses, BLOCK))
-    for bucket in range(NUM_BUCKETS + 1):
+    for bucket in range(NUM_BUCKETS):
         weights[bucket] = 0.0
     for i in range(BLOCK):
         masses[i] = 1.0
     for block in range(num_blocks):
         if maxima[block] >= low:
-            bucket_block(move(row, block * BLOCK), top, scale, low, buckets)
+            kept = bucket_block(move(row, block * BLOCK), top, scale, low, buckets)
             if is_mass:
                 exp_block(move(row, block * BLOCK), top, low, masses)
-            for i in range(BLOCK):
+            while kept != 0:
+                i = _lowest_bit(kept)
+                kept &= kept - 1
                 weights[buckets[i]] += masses[i]
     weight = 0.0
     boundary = 0
@@ -212,8 +223,10 @@ def select_threshold(row, maxima, num_blocks, top, low, is_mass, target, masses,
     size = 0
     for block in range(num_blocks):
         if maxima[block] >= low:
-            bucket_block(move(row, block * BLOCK), top, scale, low, buckets)
-            for i in range(BLOCK):
+            kept = bucket_block(move(row, block * BLOCK), top, scale, low, buckets)
+            while kept != 0:
+                i = _lowest_bit(kept)
+                kept &= kept - 1
                 if buckets[i] == boundary:
                     heap[size] = row[block * BLOCK + i]
                     size += 1

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,22 @@ def row_threads(num_elements: int) -> int:
     A number in between would have the OpenMP runtime end the others, and start them again for torch.
     """
     return torch.get_num_threads() if num_elements > _MIN_ELEMENTS else 1
+
+
+class KeptMemory(threading.local):
+    """Memory that the calls of a thread use one after another: fresh pages cost more than a row of logits does."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def address(self, num_bytes: int) -> int:
+        """Of at least `num_bytes`, with anything in them; good until this thread asks again."""
+        if self._memory.numel() < num_bytes:
+            self._memory = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._memory.data_ptr()
+
+
+KEPT_MEMORY = KeptMemory()
 
 
 class Worker:

@@ -17,6 +17,7 @@ from quire.scheduler.batch_builder import BatchBuilder
 from quire.scheduler.beam import BeamGroup
 from quire.scheduler.beam_search import BeamSearch
 from quire.scheduler.block_manager import BlockManager, CachedPrefix
+from quire.scheduler.choices import Choices
 from quire.scheduler.output import (
     ErrorCode,
     FinishReason,
@@ -53,6 +54,7 @@ class Scheduler:
         self.free_rows = list(reversed(range(config.max_num_seqs)))
         self.batch: ScheduledBatch | None = None
         """What schedule() handed out and update() has not answered yet."""
+        self.choices = Choices(self)
         self.beams = BeamSearch(self)
         self._num_arrivals = 0
         self._num_live = 0
@@ -88,7 +90,7 @@ class Scheduler:
             BeamGroup(request, sequences)
         for sequence in sequences:
             self.speculator.watch(sequence)
-        self._enqueue_group(sequences)
+        self.choices.enqueue(sequences)
 
     def abort(self, request_id: str, choice_index: int | None = None) -> None:
         """End a request, or one choice of it, without output. What is not live is ignored.
@@ -102,7 +104,7 @@ class Scheduler:
             return
         for sequence in self.live.get(request_id, [])[::-1]:  # followers first: they need no new leader
             if choice_index is None or sequence.choice_index == choice_index:
-                self._abort_sequence(sequence)
+                self.choices.abort(sequence)
 
     def has_work(self) -> bool:
         return bool(self.live)
@@ -287,7 +289,7 @@ class Scheduler:
                 output.prompt_log_probs = self.end_scoring(sequence, sampled.prompt_log_probs.get(index))
             outputs.append(output)
             if finish_reason is not None:
-                self._end_running(sequence)
+                self.end_running(sequence)
                 any_ended = True
         for output in self.speculator.verify(batch, sampled, self._take_tokens):
             outputs.append(output)
@@ -314,7 +316,7 @@ class Scheduler:
                 finish_reason, stop_reason = self._review(sequence, end)
             sequence.num_computed_tokens = end
             if finish_reason is not None:
-                self._end_running(sequence)
+                self.end_running(sequence)
                 break
         return StepOutput(
             sequence.request_id,
@@ -329,7 +331,7 @@ class Scheduler:
         """A block is full, the prompt is computed, or the sequence may be at its end: `end` tokens are computed now."""
         self.blocks.cache_full_blocks(sequence, sequence.num_computed_tokens, end)
         if sequence.followers:
-            self._fork_followers(sequence)
+            self.choices.fork_followers(sequence)
         block_size = self.config.block_size
         sequence.next_review = min((end // block_size + 1) * block_size, sequence.max_num_tokens - 1)
         return sequence.finish_reason()
@@ -346,7 +348,7 @@ class Scheduler:
         """There is no token. If logits were not finite, what it has read or written is not to be found by others."""
         if error == "numerical_error":
             self.blocks.distrust(sequence)
-        self._end_running(sequence)
+        self.end_running(sequence)
         return StepOutput(
             sequence.request_id,
             sequence.choice_index,
@@ -367,51 +369,9 @@ class Scheduler:
                 if sequence.beam is not None:
                     self.beams.take_chunk(sequence.beam.group)
 
-    def _fork_followers(self, leader: Sequence) -> None:
-        """The leader has computed the prompt: the others go on from there, as long as there are blocks for them."""
-        while leader.followers and self.blocks.pool.num_free_blocks > 0:
-            follower = leader.followers.pop(0)
-            follower.leader = None
-            follower.num_cached_tokens = leader.num_cached_tokens
-            follower.run()
-            self.blocks.fork(leader, follower, leader.num_prompt_tokens - 1)
-            insort(self.running, follower, key=BY_ORDER)
-        self._orphan_followers(leader)
-
-    def _orphan_followers(self, leader: Sequence) -> None:
-        """Nothing is left to fork from: the followers wait as a group of their own, led by the first of them."""
-        followers, leader.followers = leader.followers, []
-        if leader.status is RUNNING:
-            self.free_rows += [follower.row for follower in followers]
-        if followers:
-            self._enqueue_group(followers)
-
-    def _enqueue_group(self, sequences: list[Sequence]) -> None:
-        leader, *followers = sequences
-        leader.leader = None
-        leader.followers = followers
-        for follower in followers:
-            follower.leader = leader
-        self.waiting.push(leader)
-
-    def _abort_sequence(self, sequence: Sequence) -> None:
-        leader = sequence.leader
-        if leader is not None:
-            leader.followers.remove(sequence)
-            if leader.status is RUNNING:
-                self.free_rows.append(sequence.row)
-            self.forget(sequence)
-        elif sequence.status is WAITING:
-            self.waiting.remove(sequence)
-            self._orphan_followers(sequence)
-            self.forget(sequence)
-        else:
-            self.running.remove(sequence)
-            self._end_running(sequence)
-
-    def _end_running(self, sequence: Sequence) -> None:
+    def end_running(self, sequence: Sequence) -> None:
         """All that a running sequence holds goes back; the caller takes it out of `running`."""
-        self._orphan_followers(sequence)
+        self.choices.orphan_followers(sequence)
         self.free_rows.append(sequence.row)
         sequence.block_table.release()
         self.forget(sequence)

@@ -27,12 +27,13 @@ from quire.server.settings import ServerSettings
 
 if TYPE_CHECKING:
     from quire.engine.client import EngineClient
+    from quire.engine.grammar.compiler import GrammarCompiler
 
 
 ROUTERS: Final = (completions.router, models.router, tokenization.router, health.router, metrics.router)
 
 
-def create_app(client: EngineClient, settings: ServerSettings) -> Guard:
+def create_app(client: EngineClient, settings: ServerSettings, grammar_compiler: GrammarCompiler) -> Guard:
     """The ASGI app that serves `client`. Its routes are `.app`, a FastAPI; what they share is `.app.state.context`."""
     limits, info = settings.limits, client.info
     admission = Admission(
@@ -52,6 +53,7 @@ def create_app(client: EngineClient, settings: ServerSettings) -> Guard:
         off_loop=OffLoop(limits.off_loop_bytes),
         detokenizers=detokenizers,
         token_strings=TokenStrings(detokenizers),
+        grammar_compiler=grammar_compiler,
         created=int(time.time()),
     )
 

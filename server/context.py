@@ -16,6 +16,7 @@ from quire.server.settings import ServerSettings
 if TYPE_CHECKING:
     from quire.engine.client import EngineClient
     from quire.engine.detokenizer import DetokenizerFactory
+    from quire.engine.grammar.compiler import GrammarCompiler
     from quire.server.log_probs import TokenStrings
     from quire.server.metrics import Metrics
 
@@ -31,6 +32,8 @@ class ServerContext:
     off_loop: OffLoop
     detokenizers: DetokenizerFactory
     token_strings: TokenStrings
+    grammar_compiler: GrammarCompiler
+    """Whoever made it closes it, since it has child processes."""
     created: int
     """Unix time at which the model became available."""
 

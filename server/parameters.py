@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
+from quire.grammar import Grammar
 from quire.sampling_params import MAX_BEAM_WIDTH, InvalidParameterError, SamplingParams
 from quire.server.errors import ApiError, printable_name
 from quire.server.schemas import CompletionRequest, StrictModel, unknown_fields
@@ -26,18 +27,12 @@ def _only(*neutral: object) -> Callable[[object], bool]:
 
 
 NEUTRAL: Final[Mapping[str, Callable[[object], bool]]] = {
-    "guided_choice": _only(),
-    "guided_grammar": _only(),
-    "guided_json": _only(),
-    "guided_regex": _only(),
-    "json_schema": _only(),
+    "guided_whitespace_pattern": _only(),
     "kv_transfer_params": _only({}),
     "lora_path": _only(""),
     "prompt_embeds": _only(),
-    "regex": _only(),
-    "response_format": _only({"type": "text"}),
     "spaces_between_special_tokens": _only(True),
-    "structured_outputs": _only(),
+    "structural_tag": _only(),
     "suffix": _only(""),
     "vllm_xargs": _only({}),
 }
@@ -66,9 +61,11 @@ def refuse_unsupported(request: CompletionRequest) -> None:
             raise ApiError("unsupported_parameter", param=name, name=name)
 
 
-def sampling_params(request: CompletionRequest, settings: ServerSettings, max_tokens: int) -> SamplingParams:
+def sampling_params(
+    request: CompletionRequest, settings: ServerSettings, max_tokens: int, grammar: Grammar | None
+) -> SamplingParams:
     """The parameters of a request: its own values, else those of the model, else the neutral ones. `bad_words` are not
-    yet tokenized.
+    yet tokenized; `grammar` was read by quire.server.structured_output.
 
     Raises:
         ApiError: a value is out of its bounds.
@@ -90,6 +87,7 @@ def sampling_params(request: CompletionRequest, settings: ServerSettings, max_to
             **_log_probs(request, settings.max_logprobs),
             max_tokens=max_tokens,
             min_tokens=_given(request.min_tokens, 0),
+            grammar=grammar,
             seed=seed,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             stop_token_ids=tuple(_given(request.stop_token_ids, [])),

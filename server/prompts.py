@@ -12,6 +12,7 @@ from quire.server.errors import ApiError
 from quire.server.parameters import DEFAULT_MAX_TOKENS, sampling_params
 from quire.server.schemas import CompletionRequest, TokenIds
 from quire.server.settings import Limits
+from quire.server.structured_output import Constraint, check_constraint, constraint_of
 
 MAX_CHARS_PER_TOKEN: Final = 16
 """A prompt longer than this many characters per token of context is refused before it is tokenized."""
@@ -31,13 +32,16 @@ class PromptJob:
 async def plan_jobs(context: ServerContext, request: CompletionRequest) -> list[PromptJob]:
     """One job per prompt. Raises ApiError if a prompt or parameter is out of bounds.
 
-    Bounds that need no tokens are checked first: nothing is tokenized for a request that is refused anyway.
+    Bounds that need no tokens are checked first: nothing is compiled or tokenized for a request that is refused anyway.
     """
     info, tokenizer = context.client.info, context.client.tokenizer
-    params = _checked_params(context, request)
+    constraint = await constraint_of(request, context.off_loop)
+    params = _checked_params(context, request, constraint)
     texts, id_lists = _split_prompt(request)
     for each in texts:
         check_text_length(each, info.max_model_len)
+    if constraint is not None:
+        await check_constraint(context.grammar_compiler, constraint)
     params = await _with_bad_word_ids(params, context)
     if texts:
         add_special_tokens = request.add_special_tokens is not False
@@ -73,10 +77,13 @@ def check_token_ids(token_ids: TokenIds, vocab_size: int, *, param: str) -> None
         raise ApiError("token_id_out_of_range", param=param, highest=vocab_size - 1)
 
 
-def _checked_params(context: ServerContext, request: CompletionRequest) -> SamplingParams:
+def _checked_params(
+    context: ServerContext, request: CompletionRequest, constraint: Constraint | None
+) -> SamplingParams:
     info = context.client.info
     requested = request.max_tokens if request.max_tokens is not None else DEFAULT_MAX_TOKENS
-    params = sampling_params(request, context.settings, 1 if is_echo_only(request) else requested)
+    grammar = constraint and constraint.grammar
+    params = sampling_params(request, context.settings, 1 if is_echo_only(request) else requested, grammar)
     _check_vocabulary(params, info.vocab_size)
     if params.num_sequences > info.max_num_seqs:
         name = "n" if params.best_of is None else "num_beams" if request.best_of is None else "best_of"

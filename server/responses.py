@@ -8,6 +8,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from starlette.responses import Response
 
+from quire.grammar import Grammar
 from quire.sampling_params import EarlyStopping, SamplingParams
 from quire.server.log_probs import LogProbs, PromptLogProbs
 
@@ -45,6 +46,7 @@ class EffectiveParams(msgspec.Struct, frozen=True):
     logit_bias: dict[int, float]
     allowed_token_ids: tuple[int, ...] | None
     bad_words: tuple[str, ...]
+    grammar: Grammar | None
     logprobs: int | None
     prompt_logprobs: int | None
     stop: tuple[str, ...]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from quire.config import ConfigError
+from quire.grammar import MAX_SCHEMA_BYTES, Grammar, GrammarError
 from quire.sampling_params import EarlyStopping, InvalidParameterError, SamplingParams
 from quire.server.settings import GenerationDefaults
 
@@ -37,6 +39,12 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     )
     sampling.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end there; may be given again")
     sampling.add_argument("--ignore-eos", action="store_true", help="go on after the model's end of text")
+
+    structure = parser.add_argument_group("structured output").add_mutually_exclusive_group()
+    structure.add_argument(
+        "--json-schema", metavar="SCHEMA", help="write JSON that fits this schema, or that in a file"
+    )
+    structure.add_argument("--regex", metavar="REGEX", help="write what this matches as a whole")
 
     beams = parser.add_argument_group("beam search")
     beams.add_argument(
@@ -77,6 +85,7 @@ def sampling_params(flags: argparse.Namespace, defaults: GenerationDefaults) -> 
             length_penalty=flags.length_penalty,
             early_stopping=early_stopping[flags.early_stopping],
             max_tokens=flags.max_tokens,
+            grammar=_grammar(flags),
             temperature=given("temperature"),
             top_k=int(given("top_k")),
             top_p=given("top_p"),
@@ -92,3 +101,23 @@ def sampling_params(flags: argparse.Namespace, defaults: GenerationDefaults) -> 
         )
     except InvalidParameterError as error:
         raise ConfigError(str(error)) from None
+
+
+def _grammar(flags: argparse.Namespace) -> Grammar | None:
+    """Raises ConfigError: it is out of its bounds, or its file cannot be read."""
+    try:
+        if flags.regex is not None:
+            return Grammar("regex", flags.regex)
+        return None if flags.json_schema is None else Grammar("json_schema", _schema_text(flags.json_schema))
+    except GrammarError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _schema_text(argument: str) -> str:
+    if argument.lstrip().startswith("{"):
+        return argument
+    try:
+        with Path(argument).open(encoding="utf-8") as file:
+            return file.read(MAX_SCHEMA_BYTES + 1)
+    except (OSError, ValueError):
+        raise ConfigError("--json-schema is neither a JSON object nor a file that can be read.") from None

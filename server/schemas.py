@@ -39,6 +39,11 @@ StopStrings = Annotated[
 StopTokenIds = Annotated[list[int], Field(fail_fast=True, max_length=_MAX_LIST)]
 AllowedTokenIds = Annotated[list[int], Field(fail_fast=True, max_length=MAX_ALLOWED_TOKEN_IDS)]
 BadWords = Annotated[list[str], Field(fail_fast=True, max_length=_MAX_LIST)]
+Choices = Annotated[list[str], Field(fail_fast=True)]
+"""quire.grammar bounds their number and size."""
+SchemaObject = dict[str, object]
+JsonSchema = Annotated[SchemaObject | str, Field(union_mode="left_to_right")]
+"""Objects keep the order of their keys, which is that of the properties in the output. A string holds the JSON."""
 LogitBias = Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIASES)]
 """JSON has no integers as keys: quire.server.parameters reads them."""
 
@@ -63,6 +68,32 @@ class StrictModel(BaseModel):
 class StreamOptions(StrictModel):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+
+
+class JsonSchemaFormat(StrictModel):
+    """Of `response_format`. The schema is followed whether or not it is said to be strict."""
+
+    name: str | None = None
+    schema_object: SchemaObject | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(StrictModel):
+    type: str
+    json_schema: JsonSchemaFormat | None = None
+    schema_object: SchemaObject | None = Field(None, alias="schema")
+
+
+class StructuredOutputs(StrictModel):
+    json_schema: JsonSchema | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: Any = None
+    whitespace_pattern: str | None = None
+    disable_any_whitespace: bool | None = None
+    disable_additional_properties: bool | None = None
 
 
 class CompletionRequest(StrictModel):
@@ -112,18 +143,23 @@ class CompletionRequest(StrictModel):
     request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:@+=/-]{1,128}$")] | None = None
     user: Annotated[str, _at_most_bytes(MAX_USER_BYTES)] | None = None
 
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    json_schema: Any = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: JsonSchema | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    json_schema: JsonSchema | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    grammar: str | None = None
+
+    guided_whitespace_pattern: Any = None
     kv_transfer_params: Any = None
     lora_path: Any = None
     prompt_embeds: Any = None
-    regex: Any = None
-    response_format: Any = None
     spaces_between_special_tokens: Any = None
-    structured_outputs: Any = None
+    structural_tag: Any = None
     suffix: Any = None
     vllm_xargs: Any = None
 
@@ -154,12 +190,16 @@ _EXPECTED: Final = {
     "model_type": "an object",
     "model_attributes_type": "an object",
 }
-_NESTED: Final = ("stream_options",)
+_NESTED: Final = ("response_format", "stream_options", "structured_outputs")
 """Fields whose own fields are ours: their names can be shown."""
+_SCHEMA: Final = "an object, or a string that holds its JSON"
 _EXPECTED_OF_UNIONS: Final = {
     "early_stopping": 'true, false or "never"',
+    "guided_json": _SCHEMA,
+    "json_schema": _SCHEMA,
     "prompt": "a string, an array of strings, an array of token ids, or an array of arrays of token ids",
     "stop": "a string or an array of strings",
+    "structured_outputs.json": _SCHEMA,
 }
 
 
@@ -187,13 +227,13 @@ def _first_fault(details: list[ErrorDetails]) -> ApiError:
         return ApiError("invalid_json")
     if not location:
         return ApiError("invalid_body")
-    name = str(location[0])
-    if name in _EXPECTED_OF_UNIONS and kind != "missing":
+    path = [part for part in location if isinstance(part, str)]
+    union = next((name for name in _EXPECTED_OF_UNIONS if path[: name.count(".") + 1] == name.split(".")), None)
+    name = union or (".".join(path) if path[0] in _NESTED else path[0])
+    if union is not None and kind != "missing":
         if any(detail["type"] == "too_long" for detail in details):
             return ApiError("invalid_value", param=name, reason=f"The field '{name}' has too many elements.")
         return ApiError("invalid_type", param=name, name=name, expected=_EXPECTED_OF_UNIONS[name])
-    if name in _NESTED and len(location) > 1:
-        name = f"{name}.{location[1]}"
     if kind == "missing":
         return ApiError("missing_required_parameter", param=name, name=name)
     if kind in _EXPECTED:

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from quire.config import ConfigError, EngineConfig, ExitCode
 from quire.engine.client import EngineClient
+from quire.engine.grammar.compiler import GrammarCompiler
 from quire.server.app import create_app
 from quire.server.context import ServerContext
 from quire.server.lifecycle import Phase
@@ -108,8 +109,13 @@ async def serve(config: EngineConfig, settings: ServerSettings, console: Console
         client = await _start_engine(config, signals, console)
         if client is None:
             return ExitCode.CLEAN
+        # Its children are started once the server is ready, so a start that fails leaves none.
+        compiler = GrammarCompiler(config.model, client.info.vocab_size, client.info.eos_token_ids)
         try:
-            return await _serve_until_drained(client, settings, listener, signals)
+            try:
+                return await _serve_until_drained(client, compiler, settings, listener, signals)
+            finally:
+                await compiler.close()
         finally:
             await client.stop(_ENGINE_STOP_SECONDS_IN_HASTE if signals.leave.is_set() else _ENGINE_STOP_SECONDS)
     finally:
@@ -135,9 +141,13 @@ async def _start_engine(config: EngineConfig, signals: Signals, console: Console
 
 
 async def _serve_until_drained(
-    client: EngineClient, settings: ServerSettings, listener: socket.socket, signals: Signals
+    client: EngineClient,
+    compiler: GrammarCompiler,
+    settings: ServerSettings,
+    listener: socket.socket,
+    signals: Signals,
 ) -> ExitCode:
-    app = create_app(client, settings)
+    app = create_app(client, settings, compiler)
     context: ServerContext = app.app.state.context
     server = HttpServer(ServerConfig(app, settings.limits))
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
@@ -149,7 +159,9 @@ async def _serve_until_drained(
         return ExitCode.INTERNAL_ERROR
     announce(client, settings, listener)
 
+    warm_up = asyncio.ensure_future(compiler.warm_up())
     code = await _until_end(context, serving, signals)
+    warm_up.cancel()
     if code is ExitCode.CLEAN:
         code = await _drain(context, server, signals)
     elif code is ExitCode.ENGINE_LOST:

@@ -12,7 +12,7 @@ import torch
 from quire.kernels.cpu_elements import float32_pointer, float64_pointer, int64_pointer, move, pointer_to, take
 from quire.kernels.cpu_lanes import LOWEST
 from quire.kernels.cpu_probability import BLOCK, exp_block, kth_maximum, num_blocks_of, scale_row
-from quire.kernels.cpu_workers import Worker, row_threads
+from quire.kernels.cpu_workers import KEPT_MEMORY, Worker, row_threads
 
 # A call's parameters: their places in the int64 array that its threads share. Strides are in elements.
 (
@@ -104,11 +104,11 @@ def log_probs(
     num_blocks = num_blocks_of(vocab_size)
     scratch_size = -(-(8 * BLOCK + 4 * num_blocks * (BLOCK + 2)) // 64) * 64
     num_threads = row_threads(logits.numel()) if num_rows > 1 else 1
-    scratch = torch.empty(num_threads * scratch_size, dtype=torch.uint8)
+    scratch = KEPT_MEMORY.address(num_threads * scratch_size)
     parameters = np.array(
         [
             *(0, 0, logits.data_ptr(), logits.stride(0), num_rows, vocab_size, token_ids.data_ptr(), num_top),
-            *(out.data_ptr(), top_ids.data_ptr(), top_out.data_ptr(), scratch.data_ptr(), scratch_size),
+            *(out.data_ptr(), top_ids.data_ptr(), top_out.data_ptr(), scratch, scratch_size),
         ],
         np.int64,
     )

@@ -19,7 +19,7 @@ from quire.kernels.cpu_probability import (
     scale_row,
     select_threshold,
 )
-from quire.kernels.cpu_workers import Worker, row_threads
+from quire.kernels.cpu_workers import KEPT_MEMORY, Worker, row_threads
 
 # A call's parameters: their places in the int64 array that its threads share. Strides are in elements.
 (
@@ -77,7 +77,7 @@ def _sample_row(logits, vocab_size, temperature, top_k, top_p, min_p, uniform, s
     num_blocks = num_blocks_of(vocab_size)
     masses = float64_pointer(scratch)
     weights = move(masses, 2 * BLOCK)
-    block_masses = move(weights, NUM_BUCKETS + 1)
+    block_masses = move(weights, NUM_BUCKETS)
     row = float32_pointer(move(block_masses, num_blocks))
     heap = move(row, num_blocks * BLOCK)
     maxima = move(heap, num_blocks * BLOCK)
@@ -139,15 +139,15 @@ def sample(
         return out
     top_k = top_k.to(torch.int64)
     num_blocks = num_blocks_of(vocab_size)
-    scratch_size = 8 * (2 * BLOCK + NUM_BUCKETS + 1 + num_blocks) + 4 * (2 * num_blocks * BLOCK + num_blocks)
+    scratch_size = 8 * (2 * BLOCK + NUM_BUCKETS + num_blocks) + 4 * (2 * num_blocks * BLOCK + num_blocks)
     scratch_size = -(-scratch_size // 64) * 64
     num_threads = row_threads(logits.numel()) if num_rows > 1 else 1
-    scratch = torch.empty(num_threads * scratch_size, dtype=torch.uint8)
+    scratch = KEPT_MEMORY.address(num_threads * scratch_size)
     parameters = np.array(
         [
             *(0, 0, logits.data_ptr(), logits.stride(0), num_rows, vocab_size),
-            *(tensor.data_ptr() for tensor in (temperature, top_k, top_p, min_p, uniform, out, scratch)),
-            scratch_size,
+            *(tensor.data_ptr() for tensor in (temperature, top_k, top_p, min_p, uniform, out)),
+            *(scratch, scratch_size),
         ],
         np.int64,
     )

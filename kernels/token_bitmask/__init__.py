@@ -19,7 +19,7 @@ def apply_token_bitmask(
     Args:
         logits: [R, V] float32; the last dimension is contiguous, rows may have any stride. Rows that are not named and
             allowed tokens are not written.
-        bitmask: [M, W] int32, contiguous; W is ceil(V / 32) in full.
+        bitmask: [M, W] int32, contiguous; W is ceil(V / 32) for the whole vocabulary (at most 2^18 on a GPU).
         rows: [M] int32 or int64, contiguous, each in [0, R).
         backend: "auto" goes by the device of the logits. The reference also takes float64 logits.
 

@@ -164,3 +164,28 @@ def test_a_seed_gives_the_same_tokens_alone_in_a_batch_and_after_preemption(chec
     assert crowded.stats().num_preemptions > 0
     engine = make_engine(checkpoint, max_num_seqs=1)
     assert run(engine, prompts, params) == together
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {
+            "repetition_penalty": 1.2,
+            "presence_penalty": 0.4,
+            "frequency_penalty": 0.3,
+            "logit_bias": {9: 2.0, 11: -5.0},
+        },
+        {"typical_p": 0.8, "min_p": 0.01, "bad_word_token_ids": ((9,), (11, 12), (13,)), "min_tokens": 5},
+        {"allowed_token_ids": tuple(range(20, 300)), "top_k": 30, "logprobs": 3, "num_speculative_tokens": 3},
+    ],
+    ids=["penalties", "masks", "drafts"],
+)
+@each_family("llama", "tales")
+def test_no_option_makes_tokens_depend_on_neighbours_or_preemption(checkpoint: Path, options: dict[str, Any]) -> None:
+    prompts, _ = reference(checkpoint, CROWDED_LENGTHS, True)
+    params = SamplingParams(temperature=0.9, max_tokens=NUM_OUTPUT_TOKENS, ignore_eos=True, **options)
+    together = run(make_engine(checkpoint), prompts, params)
+    crowded = make_engine(checkpoint, num_blocks=CROWDED_BLOCKS)
+    assert run(crowded, prompts, params) == together
+    assert crowded.stats().num_preemptions > 0
+    assert run(make_engine(checkpoint, max_num_seqs=1), prompts, params) == together

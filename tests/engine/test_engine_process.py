@@ -28,9 +28,10 @@ from quire.engine.messages import (
     StepResult,
     ToFront,
 )
-from quire.engine.wire import FrameDecoder, pack
+from quire.engine.process import in_frames
+from quire.engine.wire import MAX_FRAME_BYTES, FrameDecoder, pack
 from quire.sampling_params import SamplingParams
-from quire.scheduler.output import FinishReason
+from quire.scheduler.output import FinishReason, SchedulerStats, StepOutput, TokenLogProbs
 
 
 class Front:
@@ -249,3 +250,17 @@ def test_module_is_a_program() -> None:
         done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 2
         assert reason in done.stderr
+
+
+@pytest.mark.parametrize("num_top", [0, 5, 20])
+def test_scored_prompts_that_end_together_are_cut_into_frames(num_top: int) -> None:
+    entry = TokenLogProbs(2**31 - 1, -1234.5678, [2**31 - 1] * num_top, [-1234.5678] * num_top)
+    scored = [StepOutput(str(index), 0, [], prompt_log_probs=[entry] * (2**16 // (1 + num_top))) for index in range(40)]
+    plain = [StepOutput(str(index), 0, [7]) for index in range(100)]
+    parts = list(in_frames(plain + scored + plain))
+    assert [output for part in parts for output in part] == plain + scored + plain
+    assert len(parts) > 1
+    for part in parts:
+        assert len(pack(StepResult(outputs=part, stats=SchedulerStats()))) < MAX_FRAME_BYTES // 3
+    assert list(in_frames(plain)) == [plain]
+    assert list(in_frames([])) == [[]]

@@ -211,6 +211,8 @@ def test_both_integer_types_and_no_rows(
 def test_what_is_refused() -> None:
     arguments = [torch.zeros(3, 9), *tensors([Options()] * 3, CPU), torch.full((3,), 0.5, dtype=torch.float64)]
     sample(*arguments)
+    with pytest.raises(ValueError, match="vocabulary"):
+        sample(torch.zeros(1, 2**18 + 1), *(argument[:1] for argument in arguments[1:]), backend="triton")
     bad = {
         0: [torch.zeros(3, 9, dtype=torch.bfloat16), torch.zeros(9), torch.zeros(9, 3).T, torch.zeros(3, 0)],
         1: [torch.ones(2), torch.ones(3, dtype=torch.float64), torch.ones(6)[::2]],

@@ -15,9 +15,12 @@ from types import CodeType
 
 from quire.scheduler import admission, scheduler, speculation
 from quire.scheduler.batch_builder import BatchBuilder
+from quire.scheduler.beam import BeamGroup
+from quire.scheduler.beam_search import BeamSearch
 from quire.scheduler.block_manager import BlockManager
 from quire.scheduler.block_pool import BlockPool
 from quire.scheduler.block_table import BlockTable
+from quire.scheduler.choices import Choices
 from quire.scheduler.prefix_cache import PrefixCache
 from quire.scheduler.request_queue import RequestQueue
 from quire.scheduler.scheduler import Scheduler
@@ -74,7 +77,7 @@ MUTANTS = [
         "I3",
         "an ended sequence keeps its blocks",
         Scheduler,
-        "_end_running",
+        "end_running",
         ("sequence.block_table.release()", "pass"),
     ),
     mutant("I3", "a released table is not emptied", BlockTable, "release", ("self.block_ids.clear()", "pass")),
@@ -227,12 +230,14 @@ MUTANTS = [
         "take_copy",
         ("self.copy_target)", "self.block_ids[-1])"),
     ),
-    mutant("I13", "the rows of followers are lost", Scheduler, "_orphan_followers", ("self.free_rows += ", "_ = ")),
+    mutant(
+        "I13", "the rows of followers are lost", Choices, "orphan_followers", ("self._scheduler.free_rows += ", "_ = ")
+    ),
     mutant(
         "I13",
         "a row is given back twice",
         Scheduler,
-        "_end_running",
+        "end_running",
         ("self.free_rows.append(sequence.row)", "self.free_rows += [sequence.row] * 2"),
     ),
     mutant(
@@ -255,9 +260,9 @@ MUTANTS = [
     mutant(
         "I15",
         "followers are forgotten with their leader",
-        Scheduler,
-        "_orphan_followers",
-        ("self._enqueue_group(followers)", "pass"),
+        Choices,
+        "orphan_followers",
+        ("self.enqueue(followers)", "pass"),
     ),
     mutant(
         "I16",
@@ -328,7 +333,7 @@ MUTANTS = [
         "I20",
         "the last row is not given back",
         Scheduler,
-        "_end_running",
+        "end_running",
         ("self.free_rows.append(sequence.row)", "self.free_rows += [sequence.row] if len(self.live) > 1 else []"),
     ),
     mutant(
@@ -341,8 +346,8 @@ MUTANTS = [
     mutant(
         "I23",
         "a fork takes over the whole prompt",
-        Scheduler,
-        "_fork_followers",
+        Choices,
+        "fork_followers",
         ("leader.num_prompt_tokens - 1", "leader.num_prompt_tokens"),
     ),
     mutant(
@@ -451,6 +456,73 @@ MUTANTS = [
         PrefixCache,
         "forget",
         ("self._depths[block_id] = None", "pass"),
+    ),
+    mutant(
+        "I3",
+        "beams that die keep their blocks",
+        BeamSearch,
+        "_reseat",
+        ("seat.block_table.release()", "pass"),
+    ),
+    mutant(
+        "I11",
+        "further children of a beam share its last block's content from too early",
+        BeamSearch,
+        "_bear",
+        (
+            "self._scheduler.blocks.fork(parent, seat, parent.num_computed_tokens)",
+            "self._scheduler.blocks.fork(parent, seat, parent.num_computed_tokens - 1); "
+            "seat.num_computed_tokens = parent.num_computed_tokens",
+        ),
+    ),
+    mutant(
+        "I11",
+        "a group that came back forks behind what its beams have in common",
+        BeamSearch,
+        "preempt",
+        ("common_length(group.live)", "len(group.live[0].token_ids) - 1"),
+    ),
+    mutant(
+        "I13",
+        "idle seats lose their rows",
+        BeamSearch,
+        "end",
+        ("for seat in group.seats]", "for seat in group.live]"),
+    ),
+    mutant(
+        "I8",
+        "a beam that was preempted with its group is computed all the same",
+        BatchBuilder,
+        "drop_preempted",
+        ("self.decodes = [sequence for sequence in self.decodes if sequence.status is RUNNING]", "pass"),
+    ),
+    mutant(
+        "I12",
+        "beams of one group are taken for victims of each other",
+        scheduler,
+        "choose_victims",
+        ("groupby(running, key=_unit_of)", "groupby(running, key=id)"),
+    ),
+    mutant(
+        "I25",
+        "hypotheses from outside the best are kept",
+        BeamGroup,
+        "advance",
+        ("if rank < self.width:", "if True:"),
+    ),
+    mutant(
+        "I25",
+        "length is not penalised",
+        BeamGroup,
+        "_normalised",
+        ("log_prob / math.pow(length, self._length_penalty)", "log_prob"),
+    ),
+    mutant(
+        "I25",
+        "the first choice is told what another beam may still change",
+        BeamGroup,
+        "certain_output",
+        ("for seat in self.live)", "for seat in self.live[:1])"),
     ),
     mutant(
         "I8",

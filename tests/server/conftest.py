@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from quire.engine.best_of import engine_params
+from quire.engine.grammar.compiler import GrammarCompiler
 from quire.engine.messages import EngineInfo
 from quire.engine.output_processor import OutputProcessor
 from quire.engine.text_delta import TextDelta
@@ -27,6 +28,7 @@ from quire.server.guard import Guard
 from quire.server.protocol import ServerConfig
 from quire.server.serve import HttpServer, bind
 from quire.server.settings import Limits, ServerSettings
+from quire.tales import MODEL_DIR
 
 BOS = 256
 INFO = EngineInfo(
@@ -188,8 +190,9 @@ def log_probs_of(token_id: int, num_top: int) -> TokenLogProbs:
 class RunningServer:
     """The front on a port of its own, in a thread of its own."""
 
-    def __init__(self, client: FakeClient, settings: ServerSettings) -> None:
+    def __init__(self, client: FakeClient, settings: ServerSettings, **grammar: Any) -> None:
         self.client = client
+        self._grammar_options = grammar
         self.settings = settings
         self._listener = bind("127.0.0.1", 0, settings.limits)
         self.port: int = self._listener.getsockname()[1]
@@ -209,12 +212,17 @@ class RunningServer:
 
     async def _serve(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.app = create_app(self.client, self.settings)  # type: ignore[arg-type]
+        # No child is started before the first grammar; it need not know the tokens of the fake.
+        self.compiler = GrammarCompiler(MODEL_DIR, 4096, [0], **self._grammar_options)
+        self.app = create_app(self.client, self.settings, self.compiler)  # type: ignore[arg-type]
         self._server = HttpServer(ServerConfig(self.app, self.settings.limits))
         serving = asyncio.ensure_future(self._server.serve(sockets=[self._listener]))
         await self._server.listening.wait()
         self._ready.set()
-        await serving
+        try:
+            await serving
+        finally:
+            await self.compiler.close()
 
     @property
     def context(self) -> Any:
@@ -282,14 +290,18 @@ def ending() -> Iterator[list[RunningServer]]:
 
 @pytest.fixture
 def serve(ending: list[RunningServer]) -> Iterator[Serve]:
-    """Start servers: `serve(client, limits={...}, **settings)`."""
+    """Start servers: `serve(client, limits={...}, grammar={...}, **settings)`; `grammar` is for GrammarCompiler."""
     running: list[RunningServer] = []
 
-    def start(client: FakeClient | None = None, limits: dict[str, Any] | None = None, **settings: Any) -> RunningServer:
+    def start(
+        client: FakeClient | None = None,
+        limits: dict[str, Any] | None = None,
+        grammar: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> RunningServer:
         given = {"served_model_names": ("fake",), "drain_grace": 0.0, **settings}
-        server = RunningServer(
-            client or FakeClient(), ServerSettings(**given, limits=replace(Limits(), **(limits or {})))
-        )
+        all_settings = ServerSettings(**given, limits=replace(Limits(), **(limits or {})))
+        server = RunningServer(client or FakeClient(), all_settings, **(grammar or {}))
         running.append(server)
         return server
 

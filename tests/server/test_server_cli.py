@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from quire.config import ConfigError, ExitCode
+from quire.grammar import Grammar
 from quire.sampling_params import SamplingParams
 from quire.server.checkpoint import model_name, read_generation_defaults
 from quire.server.cli import main, make_parser
@@ -228,6 +229,24 @@ def test_sampling_flags() -> None:
     assert (flags.model, flags.prompt) == ("model", "Once")
     with pytest.raises(ConfigError):
         sampling_params(flags, GenerationDefaults())
+
+
+def test_flags_of_structured_output(tmp_path: Path) -> None:
+    def grammar(*arguments: str) -> Grammar | None:
+        flags = make_parser().parse_args(["generate", "Once", *arguments])
+        return sampling_params(flags, GenerationDefaults()).grammar
+
+    file = tmp_path / "schema.json"
+    file.write_text('{"type": "integer"}')
+    assert grammar() is None
+    assert grammar("--regex", "[a-z]+") == Grammar("regex", "[a-z]+")
+    assert grammar("--json-schema", ' {"type": "null"}') == Grammar("json_schema", ' {"type": "null"}')
+    assert grammar("--json-schema", str(file)) == Grammar("json_schema", '{"type": "integer"}')
+    for wrong in (("--json-schema", "{"), ("--json-schema", "/nowhere"), ("--regex", "x" * 1025)):
+        with pytest.raises(ConfigError):
+            grammar(*wrong)
+    with pytest.raises(SystemExit):
+        grammar("--regex", "a", "--json-schema", "{}")
 
 
 def test_limits_are_positive() -> None:

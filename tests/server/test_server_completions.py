@@ -253,18 +253,12 @@ NEUTRAL_VALUES = {
     "vllm_xargs": {},
 }
 REFUSED_VALUES = {
-    "guided_choice": ["a"],
-    "guided_grammar": "root ::= x",
-    "guided_json": {},
-    "guided_regex": "a",
-    "json_schema": "{}",
+    "guided_whitespace_pattern": "",
     "kv_transfer_params": {"a": 1},
     "lora_path": "a",
     "prompt_embeds": "aa",
-    "regex": "a",
-    "response_format": {"type": "json_object"},
     "spaces_between_special_tokens": False,
-    "structured_outputs": {},
+    "structural_tag": "{}",
     "suffix": "x",
     "vllm_xargs": {"a": 1},
 }

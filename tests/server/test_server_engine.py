@@ -47,9 +47,15 @@ class Quire:
 
     @property
     def engine_pid(self) -> int:
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        (pid,) = map(int, children)
+        (pid,) = (pid for pid in self.children if b"engine.process" in Path(f"/proc/{pid}/cmdline").read_bytes())
         return pid
+
+    @property
+    def children(self) -> list[int]:
+        """The engine, and from a moment after the start those that check grammars."""
+        return [
+            int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        ]
 
     def complete(self, **body: Any) -> httpx.Response:
         return self.http.post("/v1/completions", json={"prompt": "Once upon a time", "max_tokens": 16, **body})
@@ -67,6 +73,8 @@ class Quire:
     def kill(self) -> None:
         self.process.kill()
         self.process.communicate()
+        if hasattr(self, "http"):
+            self.http.close()
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +84,7 @@ def tales() -> Iterator[Quire]:
     try:
         server.complete(max_tokens=1)
         yield server
-        pid = server.engine_pid
+        children = server.children
         thread, answers = in_background(lambda: server.complete(max_tokens=1000, stream=True, ignore_eos=True, n=4))
         while not server.http.get("/health/ready").json()["running"]:
             time.sleep(0.02)
@@ -88,9 +96,26 @@ def tales() -> Iterator[Quire]:
         assert code == ExitCode.DRAIN_DEADLINE, log
         assert "Traceback" not in log
         assert last_error(answers[0]) == "server_shutdown"
-        assert not Path(f"/proc/{pid}").exists()
+        assert all_gone(children, 0)
     finally:
         server.kill()
+
+
+def all_gone(pids: list[int], seconds: float = 2.0) -> bool:
+    """Whether these processes have ended, or do so in time; those that their new parent has not buried yet have."""
+
+    def is_there(pid: int) -> bool:
+        try:
+            return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+
+    deadline = time.monotonic() + seconds
+    while any(is_there(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def in_background(function: Callable[[], httpx.Response]) -> tuple[threading.Thread, list[httpx.Response]]:
@@ -154,6 +179,41 @@ def test_best_of_is_the_most_probable_choice(tales: Quire) -> None:
     values = [choice["logprobs"]["token_logprobs"] for choice in every]
     best = max(range(5), key=lambda index: sum(values[index]) / len(values[index]))
     assert tales.complete(**body, best_of=5).json()["choices"][0]["text"] == every[best]["text"]
+
+
+@pytest.mark.parametrize("stop", [None, ["."], [" and", ","]])
+def test_beams_stream_what_they_answer(tales: Quire, stop: list[str] | None) -> None:
+    """The certain beginning comes early, the rest and the other choices at the end, stop strings nowhere."""
+    body: dict[str, Any] = {"use_beam_search": True, "n": 2, "best_of": 4, "max_tokens": 40, "stop": stop}
+    whole = tales.complete(**body).json()["choices"]
+    assert [choice["index"] for choice in whole] == [0, 1]
+    assert whole[0]["text"] != whole[1]["text"]
+    scores = [choice["cumulative_logprob"] / len(choice["text"]) for choice in whole]
+    assert all(score < 0 for score in scores)
+    texts, num_chunks = ["", ""], 0
+    for line in tales.complete(stream=True, **body).text.split("\n\n"):
+        if line.startswith("data: {"):
+            for choice in json.loads(line[6:])["choices"]:
+                texts[choice["index"]] += choice["text"]
+                num_chunks += bool(choice["text"])
+    assert texts == [choice["text"] for choice in whole]
+    for choice in whole:
+        if choice["finish_reason"] == "stop" and choice["stop_reason"] is not None:
+            assert choice["stop_reason"] in (stop or [])
+        assert not any(text in choice["text"] for text in stop or [])
+    assert stop is None or {choice["finish_reason"] for choice in whole} == {"stop"}
+
+
+def test_scores_of_a_prompt_are_the_same_cold_and_warm(tales: Quire) -> None:
+    text = "Once there was a miller who was poor, but he had a beautiful daughter. " * 4
+    body: dict[str, Any] = {"prompt": text, "echo": True, "logprobs": 2, "max_tokens": 0}
+    cold, warm = (tales.complete(**body).json() for _ in range(2))
+    assert cold["choices"][0]["text"] == text
+    assert cold["choices"] == warm["choices"]
+    assert warm["usage"]["prompt_tokens_details"]["cached_tokens"] >= 16
+    assert warm["usage"]["completion_tokens"] == 0
+    longer = tales.complete(**{**body, "max_tokens": 1, "temperature": 0}).json()["choices"][0]["logprobs"]
+    assert longer["token_logprobs"][:-1] == cold["choices"][0]["logprobs"]["token_logprobs"]
 
 
 def test_second_time_the_prompt_is_cached(tales: Quire) -> None:
@@ -264,13 +324,13 @@ def test_stop_strings_cut_at_every_split(tales: Quire) -> None:
 def test_idle_server_ends_cleanly() -> None:
     server = Quire("--drain-grace", "0.2")
     try:
-        pid = server.engine_pid
+        children = server.children
         code, log = server.end(signal.SIGTERM)
     finally:
         server.kill()
     assert code == ExitCode.CLEAN, log
     assert "Traceback" not in log
-    assert not Path(f"/proc/{pid}").exists()
+    assert all_gone(children)
 
 
 def test_death_of_the_engine_is_told_and_is_an_exit_code() -> None:
@@ -280,6 +340,7 @@ def test_death_of_the_engine_is_told_and_is_an_exit_code() -> None:
         thread, answers = in_background(lambda: server.complete(max_tokens=1000, ignore_eos=True))
         while server.http.get("/load").json() == {"server_load": 0}:
             time.sleep(0.02)
+        children = server.children
         os.kill(pid, signal.SIGKILL)
         thread.join()
         assert answers[0].json()["error"]["code"] == "engine_unavailable"
@@ -289,3 +350,15 @@ def test_death_of_the_engine_is_told_and_is_an_exit_code() -> None:
         server.kill()
     assert code == ExitCode.ENGINE_LOST, log
     assert "Traceback" not in log
+    assert all_gone(children)
+
+
+def test_a_server_that_is_killed_leaves_no_process() -> None:
+    server = Quire()
+    try:
+        assert server.complete(max_tokens=1, regex="a").status_code == 200
+        children = server.children
+        assert len(children) >= 2
+    finally:
+        server.kill()
+    assert all_gone(children)

@@ -14,8 +14,10 @@ import httpx
 import pytest
 
 from quire.config import ConfigError, ExitCode
+from quire.engine.grammar.compiler import GrammarCompiler
 from quire.server.serve import Signals, _serve_until_drained, bind
 from quire.server.settings import Limits, ServerSettings
+from quire.tales import MODEL_DIR
 
 
 class Served:
@@ -45,7 +47,13 @@ class Served:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._signals = Signals(asyncio.Event(), asyncio.Event())
-        self.exit_code = await _serve_until_drained(self.client, self.settings, self._listener, self._signals)
+        compiler = GrammarCompiler(MODEL_DIR, 4096, [0], command=("false",))  # nobody here sends a grammar
+        try:
+            self.exit_code = await _serve_until_drained(
+                self.client, compiler, self.settings, self._listener, self._signals
+            )
+        finally:
+            await compiler.close()
 
     def signal(self, number: int = signal.SIGTERM) -> None:
         self._loop.call_soon_threadsafe(self._signals.receive, number)

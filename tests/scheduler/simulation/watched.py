@@ -6,6 +6,7 @@ from collections import Counter
 
 from quire.config import SchedulerConfig
 from quire.scheduler.block_pool import BlockPool
+from quire.scheduler.choices import Choices
 from quire.scheduler.invariants import InvariantError
 from quire.scheduler.output import ErrorCode, StepOutput
 from quire.scheduler.prefix_cache import PrefixCache
@@ -63,12 +64,26 @@ class WatchedPrefixCache(PrefixCache):
         self.marks["key taken over by a deeper block"] += holder not in (None, self._block_ids[key])
 
 
+class WatchedChoices(Choices):
+    def __init__(self, scheduler: Scheduler, marks: Counter[str]) -> None:
+        super().__init__(scheduler)
+        self.marks = marks
+
+    def fork_followers(self, leader: Sequence) -> None:
+        num_followers, num_running = len(leader.followers), len(self._scheduler.running)
+        super().fork_followers(leader)
+        num_forked = len(self._scheduler.running) - num_running
+        self.marks["fork"] += num_forked
+        self.marks["no block left to fork into"] += num_followers - num_forked
+
+
 class WatchedScheduler(Scheduler):
     """Checks every victim (I19) and counts what happens, so that a run can say what it has covered."""
 
     def __init__(self, config: SchedulerConfig, max_preemptions: int, ghost: GhostModel) -> None:
         super().__init__(config, max_preemptions=max_preemptions)
         self.marks = ghost.marks
+        self.choices = WatchedChoices(self, self.marks)
         cache = WatchedPrefixCache(
             config.num_blocks, config.block_size, namespace=config.cache_namespace, window=config.sliding_window
         )
@@ -89,13 +104,6 @@ class WatchedScheduler(Scheduler):
         if not done and self._counters.num_preemptions == num_preemptions:
             self.marks["sits out a step"] += 1
         return done
-
-    def _fork_followers(self, leader: Sequence) -> None:
-        num_followers, num_running = len(leader.followers), len(self.running)
-        super()._fork_followers(leader)
-        num_forked = len(self.running) - num_running
-        self.marks["fork"] += num_forked
-        self.marks["no block left to fork into"] += num_followers - num_forked
 
     def _take_tokens(self, sequence: Sequence, token_ids: list[int | None], error: ErrorCode) -> StepOutput:
         output = super()._take_tokens(sequence, token_ids, error)
