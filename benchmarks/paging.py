@@ -1,4 +1,4 @@
-"""Measure the scheduler and its paging: time a step, wasted slots, preemptions, leaks. Prints JSON; needs no model.
+"""Measure the scheduler and its paging: step times, wasted and shared slots, preemptions, leaks. Prints JSON; no model.
 
 Exits 1 if a promise that does not depend on the machine is broken: waste at page 16, or a leaked block.
 """
@@ -15,6 +15,8 @@ import statistics
 import sys
 import time
 from pathlib import Path
+
+from sharing import MEANS, measure_simulated
 
 from quire.config import SchedulerConfig
 from quire.sampling_params import SamplingParams
@@ -194,6 +196,7 @@ def main() -> int:
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[8, 16, 32], help="tokens in a block")
     parser.add_argument("--steps", type=int, default=1000, help="decode steps to time for each number of sequences")
     parser.add_argument("--waste-steps", type=int, default=4000, help="steps to average the waste over")
+    parser.add_argument("--sharing-requests", type=int, default=400, help="requests to average the sharing over")
     parser.add_argument("--events", type=int, default=1_000_000, help="allocator events of the leak test")
     parser.add_argument("--output", type=Path, help="write the JSON here too")
     arguments = parser.parse_args()
@@ -209,6 +212,7 @@ def main() -> int:
             }
             for mean_in, mean_out in ((161, 338), (19, 58))
         },
+        "sharing": {trace: measure_simulated(means, arguments.sharing_requests) for trace, means in MEANS.items()},
         "pressure": {str(fraction): measure_pressure(fraction) for fraction in (0.3, 0.6, 0.9)},
         "hash_us_per_block": measure_hashing(2000),
         "leaks": measure_leaks(arguments.events),
