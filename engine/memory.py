@@ -97,7 +97,7 @@ def activation_bytes(config: EngineConfig, model_config: ModelConfig, dtype: tor
     heads = (model_config.num_heads + 2 * model_config.num_kv_heads) * model_config.head_dim
     per_token = 4 * model_config.hidden_size + 2 * heads + 3 * model_config.intermediate_size
     logits = 4 * 4 * config.speculative_config.num_logits_rows(max_num_seqs) * model_config.vocab_size
-    scored = 3 * min(MAX_LOGITS_BYTES, 4 * config.max_num_batched_tokens * model_config.vocab_size)
+    scored = 2 * min(MAX_LOGITS_BYTES, 4 * config.max_num_batched_tokens * model_config.vocab_size)
     return config.max_num_batched_tokens * per_token * dtype.itemsize + logits + scored
 
 

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from quire.engine.log_prob_pages import LogProbEntries, LogProbPages
+from quire.kernels.log_probs import log_probs
 from quire.scheduler.output import MIN_LOG_PROB, SampledTokens, ScheduledBatch, TokenLogProbs
 from quire.scheduler.sequence import Sequence
 
 MAX_LOGITS_BYTES = 64 * 2**20
-"""Of the logits that exist at once; what is made of them takes an eighth at a time."""
+"""Of the logits that exist at once."""
 ROW_MULTIPLE = 8
 """A CPU's matrix products give a row the same bits whenever its neighbours fill such groups: measured with MKL and
 oneDNN, float32, float16 and bfloat16, 1 to 16 threads. Of fewer than 4 rows a thread they may be others."""
@@ -71,36 +72,17 @@ def log_prob_entries(
     for rows, row_token_ids in zip(hidden.split(num_rows), token_ids.split(num_rows), strict=True):
         padded = F.pad(rows, (0, 0, 0, -len(rows) % ROW_MULTIPLE))
         row_logits = logits(padded)[: len(rows)]
-        step = max(num_rows // 8, 1)
-        for part, ids in zip(row_logits.split(step), row_token_ids.split(step), strict=True):
-            parts.append(_entries_of_rows(part, ids, depth))
+        parts.append(_entries_of_rows(row_logits, row_token_ids, depth))
     log_prob, top_ids, top_log_probs, finite = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     return LogProbEntries(log_prob.numpy(), top_ids.int().numpy(), top_log_probs.numpy()), finite
 
 
 def _entries_of_rows(logits: torch.Tensor, token_ids: torch.Tensor, depth: int) -> tuple[torch.Tensor, ...]:
     """log-probs [R] float32, top ids [R, depth] int64, their log-probs [R, depth] float32, finite [R] bool."""
-    log_probs = F.log_softmax(logits, dim=-1)
-    top_ids = top_token_ids(logits, depth)
-    chosen = torch.cat((token_ids[:, None], top_ids), dim=1)
-    values = log_probs.gather(1, chosen).nan_to_num(nan=MIN_LOG_PROB).clamp(min=MIN_LOG_PROB)
-    return values[:, 0], top_ids, values[:, 1:], logits.amax(dim=-1).isfinite()
-
-
-def top_token_ids(logits: torch.Tensor, depth: int) -> torch.Tensor:
-    """Ids of the largest logits of each row, [R, depth] int64; of equal ones the lower id comes first.
-
-    `topk` leaves the order of ties open, so it is given keys without any: a logit's bits, made monotone, above the id.
-    """
-    vocab_size = logits.shape[-1]
-    if depth == 0:
-        return torch.empty((len(logits), 0), dtype=torch.int64, device=logits.device)
-    bits = (logits + 0.0).view(torch.int32)  # -0.0 becomes 0.0
-    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    ids = torch.arange(vocab_size - 1, -1, -1, device=logits.device)
-    keys = (bits.long() << 32) + ids
-    best = keys.topk(depth, dim=-1).values
-    return vocab_size - 1 - (best & 0xFFFFFFFF)
+    chosen, top_ids, top = log_probs(logits, token_ids, depth)
+    bounded = (values.nan_to_num(nan=MIN_LOG_PROB).clamp(min=MIN_LOG_PROB) for values in (chosen, top))
+    log_prob, top_log_probs = bounded
+    return log_prob, top_ids, top_log_probs, logits.amax(dim=-1).isfinite()
 
 
 class PromptScores:

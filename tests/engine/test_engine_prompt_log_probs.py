@@ -15,7 +15,7 @@ import transformers
 from quire.config import EngineConfig
 from quire.engine.engine import Engine
 from quire.engine.log_prob_pages import LogProbPages
-from quire.engine.prompt_log_probs import MAX_LOGITS_BYTES, log_prob_entries, rows_at_once, top_token_ids
+from quire.engine.prompt_log_probs import MAX_LOGITS_BYTES, log_prob_entries, rows_at_once
 from quire.sampling_params import InvalidParameterError, SamplingParams
 from quire.scheduler.output import MIN_LOG_PROB, FinishReason, StepOutput, TokenLogProbs
 from quire.scheduler.request import Request
@@ -280,11 +280,12 @@ def test_pages_are_copied_and_read_across_blocks() -> None:
 
 
 def test_ties_go_to_the_lower_id() -> None:
-    values = torch.tensor([2.0, -torch.inf, -1.5, 0.0, -0.0, 2.0, torch.inf])
+    values = torch.tensor([2.0, -torch.inf, -1.5, 0.0, -0.0, 2.0, -7.0])
     logits = values[torch.randint(0, 7, (40, 100), generator=torch.Generator().manual_seed(2))]
-    for depth in (0, 1, 7, 20, 100):
+    for depth in (0, 1, 7, 20, 64):
         expected = [sorted(range(100), key=lambda i: (-row[i], i))[:depth] for row in logits.tolist()]
-        assert top_token_ids(logits, depth).tolist() == expected
+        entries, _ = log_prob_entries(logits, torch.zeros(40, dtype=torch.int64), depth, 100, lambda hidden: hidden)
+        assert entries.top_token_ids.tolist() == expected
 
 
 def test_logits_are_bounded_and_log_probs_can_be_written_as_json() -> None:
