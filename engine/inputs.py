@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 
-from quire.engine.prompt_log_probs import ROW_MULTIPLE, scored_chunks
+from quire.engine.prompt_log_probs import scored_chunks
 from quire.engine.sample_rows import sample_indices
 from quire.models.forward_batch import ForwardBatch
 from quire.scheduler.output import ScheduledBatch
@@ -54,7 +53,7 @@ class InputBuilder:
         if chunks:
             parts = [np.arange(chunk.num_rows) + query_start[chunk.index] for chunk in chunks]
             logits_indices = np.concatenate((logits_indices, *parts))
-        inputs = ForwardBatch(
+        return ForwardBatch(
             token_ids=self._to_device(_token_ids(batch)),
             positions=self._to_device(positions),
             slot_mapping=self._to_device(slot_mapping),
@@ -66,32 +65,10 @@ class InputBuilder:
             max_query_len=int(counts[batch.num_decodes :].max(initial=0)),
             max_seq_len=max_seq_len,
         )
-        return _padded(inputs) if chunks and self._device.type == "cpu" else inputs
 
     def _to_device(self, array: Int32Array | Int64Array) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
-
-
-def _padded(inputs: ForwardBatch) -> ForwardBatch:
-    """Fill up the tokens of a step that scores to a multiple of ROW_MULTIPLE, so that its numbers do not depend on how
-    many there are: with a sequence of zeros that lives in the null block.
-    """
-    num_tokens = len(inputs.token_ids)
-    count = -num_tokens % ROW_MULTIPLE
-    if count == 0:
-        return inputs
-    zeros, positions = torch.zeros(count, dtype=torch.int64), torch.arange(count)
-    last = torch.tensor([num_tokens + count], dtype=torch.int32)
-    inputs.token_ids = torch.cat((inputs.token_ids, zeros))
-    inputs.positions = torch.cat((inputs.positions, positions))
-    inputs.slot_mapping = torch.cat((inputs.slot_mapping, positions))
-    inputs.block_tables = F.pad(inputs.block_tables, (0, 0, 0, 1))
-    inputs.seq_lens = torch.cat((inputs.seq_lens, last - num_tokens))
-    inputs.query_start = torch.cat((inputs.query_start, last))
-    inputs.max_query_len = max(inputs.max_query_len, count)
-    inputs.max_seq_len = max(inputs.max_seq_len, count)
-    return inputs
 
 
 def _token_ids(batch: ScheduledBatch) -> Int64Array:

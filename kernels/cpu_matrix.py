@@ -58,6 +58,18 @@ def _emit_pairs(builder: Builder, rows: list[Value], panel: Value, depth: Value,
                 total.set(builder, _pair_products(builder, total.get(builder), pair, vector))
 
 
+    with builder.if_then(builder.trunc(depth, ir.IntType(1)), likely=False):
+        # The last input feature has no other; its weights are paired with zeros.
+        last = builder.lshr(depth, integer(1))
+        line = row_at(builder, words, last, integer(PANEL))
+        vectors = [_load_words(builder, at(builder, line, i * LANES)) for i in range(_NUM_VECTORS)]
+        for row, totals in zip(rows, sums, strict=True):
+            half = builder.bitcast(at(builder, row, last), ir.IntType(16).as_pointer())
+            pair = lanes.splat(builder, builder.zext(builder.load(half), I32))
+            for vector, total in zip(vectors, totals, strict=True):
+                total.set(builder, _pair_products(builder, total.get(builder), pair, vector))
+
+
 def _load_words(builder: Builder, pointer: Value) -> Value:
     return builder.load(builder.bitcast(pointer, _WORDS.as_pointer()), align=4)
 

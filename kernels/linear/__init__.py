@@ -22,8 +22,8 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 class PackedWeight:
     """A weight [N, K] in panels of PANEL output features; made by `pack`.
 
-    `data` is [P, K, PANEL] or, for bfloat16, [P, K / 2, PANEL, 2]; output features beyond N are zero. If `gated`, each
-    panel holds half as many features of the gate and, behind them, the same features of what it lets through.
+    `data` is [P, K, PANEL] or, for bfloat16, [P, ceil(K / 2), PANEL, 2]; what lies beyond N and K is zero. If `gated`,
+    each panel holds half as many features of the gate and, behind them, the same features of what it lets through.
     """
 
     data: torch.Tensor
@@ -41,23 +41,19 @@ class PackedWeight:
         return PANEL // 2 if self.gated else PANEL
 
 
-def can_pack(dtype: torch.dtype, in_features: int) -> bool:
-    return dtype in KERNEL_DTYPES and not (dtype == torch.bfloat16 and in_features % 2)
-
-
 def pack(weight: torch.Tensor, *, gated: bool = False) -> PackedWeight:
     """Pack a weight [N, K] on the CPU; `gated`: its first half are the gate's features, N is even.
 
     Raises:
-        ValueError: a dtype other than float32, float16 and bfloat16, or bfloat16 with an odd K.
+        ValueError: a dtype other than float32, float16 and bfloat16.
     """
     require(weight.dim() == 2 and weight.device.type == "cpu", "weight must be [N, K] on the CPU", weight)
     num_features, depth = weight.shape
-    require(can_pack(weight.dtype, depth), "weight must be float32 or float16, or bfloat16 with an even K", weight)
+    require(weight.dtype in KERNEL_DTYPES, "weight must be float32, float16 or bfloat16", weight)
     require(not gated or num_features % 2 == 0, "a gated weight has an even number of rows", weight)
     panels = _in_panels(weight, gated)  # [P, PANEL, K]
     if weight.dtype == torch.bfloat16:
-        data = panels.unflatten(2, (depth // 2, 2)).transpose(1, 2).contiguous()
+        data = F.pad(panels, (0, depth % 2)).unflatten(2, (-1, 2)).transpose(1, 2).contiguous()
     else:
         data = panels.transpose(1, 2).contiguous()
     return PackedWeight(data, num_features // 2 if gated else num_features, depth, gated)
@@ -71,7 +67,10 @@ def pack_bias(bias: torch.Tensor, *, gated: bool = False) -> torch.Tensor:
 def unpack(weight: PackedWeight) -> torch.Tensor:
     """The weight [N, K] that was packed."""
     panels = weight.data
-    panels = panels.transpose(1, 2).flatten(2) if weight.dtype == torch.bfloat16 else panels.transpose(1, 2)
+    if weight.dtype == torch.bfloat16:
+        panels = panels.transpose(1, 2).flatten(2)[:, :, : weight.in_features]
+    else:
+        panels = panels.transpose(1, 2)
     if not weight.gated:
         return panels.flatten(0, 1)[: weight.out_features]
     halves = panels.unflatten(1, (2, PANEL // 2)).transpose(0, 1).flatten(1, 2)

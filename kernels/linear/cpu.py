@@ -31,9 +31,10 @@ _MIN_PRODUCTS = 65536  # multiplications that are worth a second thread
     IN_FEATURES,
     OUT_FEATURES,
     NUM_PANELS,
+    PANEL_STRIDE,
     ACTIVATION,
     GATED,
-) = range(13)
+) = range(14)
 
 
 def _multiply(shared: Any) -> None:
@@ -52,7 +53,7 @@ def _multiply(shared: Any) -> None:
         width = min(features_per_panel, out_features - first_feature)
         row, end = block * _ROWS_PER_UNIT, min((block + 1) * _ROWS_PER_UNIT, num_rows)
         num_passes = -(-(end - row) // MAX_ROWS)
-        panel_weight = move(weight, panel * PANEL * depth)
+        panel_weight = move(weight, panel * parameters[PANEL_STRIDE])
         while row < end:
             count = -(-(end - row) // num_passes)  # as even as can be
             multiply_panel(move(x, row * x_stride), x_stride, count, panel_weight, depth, tile)
@@ -95,7 +96,7 @@ def linear(
         [
             *(0, x.data_ptr(), x.stride(0), weight.data.data_ptr(), 0 if bias is None else bias.data_ptr()),
             *(out.data_ptr(), out_dtype == torch.float32 != x.dtype, num_rows, depth, weight.out_features, num_panels),
-            *(NO_ACTIVATION if activation is None else CODES[activation], weight.gated),
+            *(weight.data.stride(0), NO_ACTIVATION if activation is None else CODES[activation], weight.gated),
         ],
         np.int64,
     )
@@ -105,7 +106,7 @@ def linear(
 
 
 # Of `embedding`.
-_TOKENS, _TABLE, _ROWS, _NUM_TOKENS, _DEPTH, _PAIRED = range(1, 7)
+_TOKENS, _TABLE, _ROWS, _NUM_TOKENS, _DEPTH, _STRIDE, _PAIRED = range(1, 8)
 
 
 def _embed(shared: Any) -> None:
@@ -115,7 +116,7 @@ def _embed(shared: Any) -> None:
     token = take(parameters)
     while token < parameters[_NUM_TOKENS]:
         panel, column = divmod(tokens[token], PANEL)
-        source, target = move(table, panel * PANEL * depth), move(rows, token * depth)
+        source, target = move(table, panel * parameters[_STRIDE]), move(rows, token * depth)
         if parameters[_PAIRED]:
             for i in range(depth):
                 target[i] = source[(i // 2 * PANEL + column) * 2 + i % 2]
@@ -133,7 +134,7 @@ def embedding(indices: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     parameters = np.array(
         [
             *(0, indices.data_ptr(), weight.data.data_ptr(), out.data_ptr()),
-            *(len(indices), weight.in_features, weight.dtype == torch.bfloat16),
+            *(len(indices), weight.in_features, weight.data.stride(0), weight.dtype == torch.bfloat16),
         ],
         np.int64,
     )
