@@ -8,10 +8,9 @@ the input features whatever rows stand beside it: a row's result never depends o
 
 from __future__ import annotations
 
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-
-from llvmlite import ir
 
 from quire.kernels import cpu_lanes as lanes
 from quire.kernels.cpu_elements import BFLOAT16, F32, I32, I64, Builder, Kinds, Value, emitted, has_feature, nothing

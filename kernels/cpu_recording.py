@@ -151,7 +151,7 @@ class Recording:
 class _OnlyViews(TorchDispatchMode):
     """Lets through what makes views; whatever else torch is asked for would be missing in a replay."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: A002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returned = func._schema.returns
         if not all(value.alias_info is not None and not value.alias_info.is_write for value in returned):
             raise NotRecordableError(f"{func} is no kernel that can be recorded")

@@ -10,7 +10,15 @@ import torch
 
 from quire.kernels import cpu_attention as call
 from quire.kernels import cpu_vector as vector
-from quire.kernels.cpu_elements import float32_pointer, int32_pointer, int64_pointer, move, pointer_to, take
+from quire.kernels.cpu_elements import (
+    float32_pointer,
+    int8_pointer,
+    int32_pointer,
+    int64_pointer,
+    move,
+    pointer_to,
+    take,
+)
 from quire.kernels.cpu_lanes import LANES, padded
 from quire.kernels.cpu_workers import Worker, new_tensor, scratch
 
@@ -86,8 +94,19 @@ def _block(parameters, cache, table, block):  # type: ignore[no-untyped-def]
     return move(cache, np.int64(table[block]) * parameters[call.BLOCK_STRIDE])
 
 
+@numba.njit
+def _multiply_scales(parameters, scales, block_id, first, last, lines, stride):  # type: ignore[no-untyped-def]
+    """lines[head, t] *= the scale of the slot first + t of a block, up to its slot `last`; a no-op without scales."""
+    if scales != 0:
+        factors = move(float32_pointer(scales), np.int64(block_id) * parameters[call.SCALES_BLOCK_STRIDE] + first)
+        for head in range(parameters[call.GROUP_SIZE]):
+            vector.multiply_row(move(lines, head * stride), factors, last - first)
+
+
 @numba.njit(inline="always")
-def _attend_chunk(parameters, keys, values, table, start, first, last, num_blocks, queries, scores, partial):  # type: ignore[no-untyped-def]
+def _attend_chunk(  # type: ignore[no-untyped-def]
+    parameters, keys, values, k_scales, v_scales, table, start, first, last, num_blocks, queries, scores, partial
+):
     """Attention over the positions [first, last) of the chunk at `start`.
 
     While a block is worked on, the next one is on its way into the cache: blocks are too short for the hardware to see
@@ -104,10 +123,12 @@ def _attend_chunk(parameters, keys, values, table, start, first, last, num_block
             if block < last_block
             else _block(parameters, values, table, first_block)
         )
+        low, high = max(first - begin, 0), min(last - begin, block_size)
         vector.dot_tokens(
             queries, padded_dim, num_heads, _block(parameters, keys, table, block), head_dim, block_size,
-            max(first - begin, 0), min(last - begin, block_size), move(scores, begin - start), stride, following,
+            low, high, move(scores, begin - start), stride, following,
         )  # fmt: skip
+        _multiply_scales(parameters, k_scales, table[block], low, high, move(scores, begin - start + low), stride)
 
     low, high = (first - start) // LANES * LANES, padded(last - start)
     for i in range(num_heads * padded_dim):
@@ -123,16 +144,18 @@ def _attend_chunk(parameters, keys, values, table, start, first, last, num_block
         divisors[head] = vector.row_exp2(move(line, low), high - low, largest[head])
 
     for block in range(first_block, last_block + 1):
-        begin = max(block * block_size, first)
+        begin = block * block_size
         following = (
             _block(parameters, values, table, block + 1)
             if block < last_block
             else _block(parameters, keys, table, min(block + 1, num_blocks - 1))
         )
-        block_values = move(_block(parameters, values, table, block), (begin - block * block_size) * head_dim)
+        low, high = max(first - begin, 0), min(last - begin, block_size)
+        weights = move(scores, begin - start + low)
+        _multiply_scales(parameters, v_scales, table[block], low, high, weights, stride)
         vector.add_weighted(
-            move(scores, begin - start), stride, num_heads, block_values, head_dim,
-            min((block + 1) * block_size, last) - begin, partial, padded_dim, following,
+            weights, stride, num_heads, move(_block(parameters, values, table, block), low * head_dim), head_dim,
+            high - low, partial, padded_dim, following,
         )  # fmt: skip
 
 
@@ -152,7 +175,7 @@ def _join(total, partial, num_heads, head_dim):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(inline="always")
-def _attend_unit(parameters, shared, seq, kv_head, part, units_per_head, scratch):  # type: ignore[no-untyped-def]
+def _attend_unit(parameters, shared, page, seq, kv_head, part, units_per_head, scratch):  # type: ignore[no-untyped-def]
     """The `part`-th unit of a sequence and KV head. Whoever finishes the last one of them joins their chunks."""
     num_heads, head_dim = parameters[call.GROUP_SIZE], parameters[call.HEAD_DIM]
     chunk_size, chunks_per_unit = parameters[CHUNK_SIZE], parameters[CHUNKS_PER_UNIT]
@@ -168,8 +191,10 @@ def _attend_unit(parameters, shared, seq, kv_head, part, units_per_head, scratch
         total = move(float32_pointer(parameters[PARTIALS]), first_partial * partial_size)
 
     table = move(int32_pointer(parameters[call.TABLES]), seq * parameters[call.TABLE_STRIDE])
-    keys = move(pointer_to(parameters[call.KEYS], shared), kv_head * parameters[call.HEAD_STRIDE])
-    values = move(pointer_to(parameters[call.VALUES], shared), kv_head * parameters[call.HEAD_STRIDE])
+    keys = move(pointer_to(parameters[call.KEYS], page), kv_head * parameters[call.HEAD_STRIDE])
+    values = move(pointer_to(parameters[call.VALUES], page), kv_head * parameters[call.HEAD_STRIDE])
+    k_scales = parameters[call.K_SCALES] + 4 * kv_head * parameters[call.SCALES_HEAD_STRIDE]
+    v_scales = parameters[call.V_SCALES] + 4 * kv_head * parameters[call.SCALES_HEAD_STRIDE]
     num_blocks = (seq_len - 1) // parameters[call.BLOCK_SIZE] + 1
     call.load_queries(parameters, shared, seq, 1, kv_head, queries)
     for chunk in range(part * chunks_per_unit, min((part + 1) * chunks_per_unit, num_chunks)):
@@ -177,7 +202,21 @@ def _attend_unit(parameters, shared, seq, kv_head, part, units_per_head, scratch
         first, last = max(first_position, start), min(seq_len, start + chunk_size)
         # Alone with its sequence and head, a unit joins as it goes and needs room for two results.
         partial = move(total, (chunk if units_per_head > 1 else min(chunk, 1)) * partial_size)
-        _attend_chunk(parameters, keys, values, table, start, first, last, num_blocks, queries, scores, partial)
+        _attend_chunk(
+            parameters,
+            keys,
+            values,
+            k_scales,
+            v_scales,
+            table,
+            start,
+            first,
+            last,
+            num_blocks,
+            queries,
+            scores,
+            partial,
+        )
         if units_per_head == 1 and chunk > 0:
             _join(total, partial, num_heads, head_dim)
     if units_per_head > 1:
@@ -189,7 +228,9 @@ def _attend_unit(parameters, shared, seq, kv_head, part, units_per_head, scratch
     call.store_results(parameters, shared, seq, 1, kv_head, total, move(total, divisors))
 
 
-def _attend(shared: Any) -> None:
+@numba.njit(inline="always")
+def _share_out(shared, page):  # type: ignore[no-untyped-def]
+    """`shared` points to elements of the query's dtype, `page` to such as the cache holds."""
     parameters = int64_pointer(shared)
     thread = take(move(parameters, call.THREAD))
     scratch = int64_pointer(parameters[SCRATCH] + 8 * thread * parameters[SCRATCH_SIZE])
@@ -199,11 +240,20 @@ def _attend(shared: Any) -> None:
         units_per_head = (first_units[seq + 1] - first_units[seq]) // num_kv_heads
         while unit < first_units[seq + 1]:
             kv_head, part = divmod(unit - first_units[seq], units_per_head)
-            _attend_unit(parameters, shared, seq, kv_head, part, units_per_head, scratch)
+            _attend_unit(parameters, shared, page, seq, kv_head, part, units_per_head, scratch)
             unit = take(parameters)
 
 
+def _attend(shared: Any) -> None:
+    _share_out(shared, shared)
+
+
+def _attend_codes(shared: Any) -> None:
+    _share_out(shared, int8_pointer(shared))
+
+
 WORKER = Worker(_attend, _prepare)
+CODES_WORKER = Worker(_attend_codes, _prepare)
 
 
 def paged_decode(
@@ -215,6 +265,8 @@ def paged_decode(
     scale: float,
     sliding_window: int | None = None,
     out: torch.Tensor | None = None,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     num_seqs, num_heads, head_dim = query.shape
     out = new_tensor(tuple(query.shape), query.dtype) if out is None else out
@@ -236,9 +288,10 @@ def paged_decode(
     first_units = parameters.ctypes.data + 8 * NUM_FIELDS
     first_partials = first_units + 8 * (num_seqs + 1)
     parameters[:NUM_FIELDS] = [
-        *call.describe(query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out),
+        *call.describe(query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out, k_scales, v_scales),
         *(num_threads, chunk_size, 0, first_units, first_partials, first_partials + 8 * num_seqs),
         *(memory + 8 * num_threads * scratch_size, memory, scratch_size),
     ]
-    WORKER.run(query.dtype, parameters, num_threads)
+    worker = WORKER if k_scales is None else CODES_WORKER
+    worker.run(query.dtype, parameters, num_threads)
     return out

@@ -11,7 +11,7 @@ import torch
 from quire.kernels import cpu_attention as call
 from quire.kernels import cpu_elements as elements
 from quire.kernels import cpu_vector as vector
-from quire.kernels.cpu_elements import float32_pointer, int32_pointer, int64_pointer, move, pointer_to
+from quire.kernels.cpu_elements import float32_pointer, int8_pointer, int32_pointer, int64_pointer, move, pointer_to
 from quire.kernels.cpu_lanes import LANES, LOWEST, padded
 from quire.kernels.cpu_workers import Parameters, Worker, cached
 
@@ -27,11 +27,14 @@ QUERY_START, TOKENS_PER_TILE, SCRATCH, SCRATCH_SIZE, NUM_FIELDS = range(call.NUM
 
 
 @numba.njit
-def _unpack(parameters, keys, values, table, start, first, last, addresses, tile_keys, tile_values):  # type: ignore[no-untyped-def]
+def _unpack(  # type: ignore[no-untyped-def]
+    parameters, keys, values, k_scales, v_scales, table, start, first, last, addresses, tile_keys, key_scales,
+    tile_values,
+):  # fmt: skip
     """The positions [first, last) of the tile at `start`, as float32: keys [D, _TILE] and values [_TILE, padded D].
 
-    Columns of keys at other positions repeat one of these; such values are zero. Returns 0.0, or NaN if a value is not
-    finite.
+    Columns of keys at other positions repeat one of these; such values are zero. Keys are not yet multiplied with their
+    scales, `key_scales` [_TILE]. Returns 0.0, or NaN if a value is not finite.
     """
     head_dim, block_size = parameters[call.HEAD_DIM], parameters[call.BLOCK_SIZE]
     padded_dim = padded(head_dim)
@@ -39,11 +42,17 @@ def _unpack(parameters, keys, values, table, start, first, last, addresses, tile
     for column in range(_TILE):
         position = min(max(start + column, first), last - 1)
         block = position // block_size
-        offset = np.int64(table[block]) * parameters[call.BLOCK_STRIDE] + (position - block * block_size) * head_dim
+        block_id, slot = np.int64(table[block]), position - block * block_size
+        offset = block_id * parameters[call.BLOCK_STRIDE] + slot * head_dim
+        factor = np.float32(1.0)
+        if k_scales != 0:
+            scale = block_id * parameters[call.SCALES_BLOCK_STRIDE] + slot
+            key_scales[column] = float32_pointer(k_scales)[scale]
+            factor = float32_pointer(v_scales)[scale]
         addresses[column] = elements.address_of(move(keys, offset))
         target = move(tile_values, column * padded_dim)
         if position == start + column:
-            taint += vector.unpack_row(move(values, offset), head_dim, target)
+            taint += vector.unpack_row(move(values, offset), head_dim, factor, target)
         else:
             for i in range(padded_dim):
                 target[i] = 0.0
@@ -107,7 +116,7 @@ def _add_values(weights, num_rows, num_heads, position, window, start, tainted, 
 
 
 @numba.njit(inline="always")
-def _attend_tile(parameters, shared, seq, kv_head, first_token, scratch):  # type: ignore[no-untyped-def]
+def _attend_tile(parameters, shared, page, seq, kv_head, first_token, scratch):  # type: ignore[no-untyped-def]
     """The tokens of a sequence from its `first_token`-th new one on, for the query heads of one KV head."""
     num_heads, head_dim = parameters[call.GROUP_SIZE], parameters[call.HEAD_DIM]
     tokens_per_tile, window = parameters[TOKENS_PER_TILE], parameters[call.WINDOW]
@@ -119,6 +128,7 @@ def _attend_tile(parameters, shared, seq, kv_head, first_token, scratch):  # typ
     scores = move(sums, max_rows * padded_dim)
     maxima = move(scores, max_rows * _TILE)
     divisors, factors = move(maxima, max_rows), move(maxima, 2 * max_rows)
+    key_scales = move(factors, max_rows)
 
     query_start = int32_pointer(parameters[QUERY_START])
     token = np.int64(query_start[seq]) + first_token
@@ -135,13 +145,15 @@ def _attend_tile(parameters, shared, seq, kv_head, first_token, scratch):  # typ
         divisors[row] = 0.0
 
     table = move(int32_pointer(parameters[call.TABLES]), seq * parameters[call.TABLE_STRIDE])
-    keys = move(pointer_to(parameters[call.KEYS], shared), kv_head * parameters[call.HEAD_STRIDE])
-    values = move(pointer_to(parameters[call.VALUES], shared), kv_head * parameters[call.HEAD_STRIDE])
+    keys = move(pointer_to(parameters[call.KEYS], page), kv_head * parameters[call.HEAD_STRIDE])
+    values = move(pointer_to(parameters[call.VALUES], page), kv_head * parameters[call.HEAD_STRIDE])
+    k_scales = parameters[call.K_SCALES] + 4 * kv_head * parameters[call.SCALES_HEAD_STRIDE]
+    v_scales = parameters[call.V_SCALES] + 4 * kv_head * parameters[call.SCALES_HEAD_STRIDE]
     first, last = max(position - window + 1, 0), position + num_tokens
     for start in range(first // _TILE * _TILE, last, _TILE):
         taint = _unpack(
-            parameters, keys, values, table, start, max(start, first), min(start + _TILE, last),
-            scratch, tile_keys, tile_values,
+            parameters, keys, values, k_scales, v_scales, table, start, max(start, first), min(start + _TILE, last),
+            scratch, tile_keys, key_scales, tile_values,
         )  # fmt: skip
         width = padded(min(_TILE, last - start))
         for row in range(0, num_rows, vector.ROWS):
@@ -149,6 +161,9 @@ def _attend_tile(parameters, shared, seq, kv_head, first_token, scratch):  # typ
                 move(queries, row * padded_dim), padded_dim, tile_keys, _TILE,
                 move(scores, row * _TILE), _TILE, head_dim, width, factors,
             )  # fmt: skip
+        if k_scales != 0:
+            for row in range(num_rows):
+                vector.multiply_row(move(scores, row * _TILE), key_scales, width)
         _softmax(scores, width, num_rows, num_heads, position, window, start, maxima, divisors, factors)
         _add_values(
             scores, num_rows, num_heads, position, window, start, taint != 0.0, tile_values, padded_dim, sums, factors
@@ -157,7 +172,9 @@ def _attend_tile(parameters, shared, seq, kv_head, first_token, scratch):  # typ
     call.store_results(parameters, shared, token, num_tokens, kv_head, sums, divisors)
 
 
-def _attend(shared: Any) -> None:
+@numba.njit(inline="always")
+def _share_out(shared, page):  # type: ignore[no-untyped-def]
+    """`shared` points to elements of the query's dtype, `page` to such as the cache holds."""
     parameters = int64_pointer(shared)
     thread = elements.take(move(parameters, call.THREAD))
     scratch = int64_pointer(parameters[SCRATCH] + 8 * thread * parameters[SCRATCH_SIZE])
@@ -170,19 +187,28 @@ def _attend(shared: Any) -> None:
         while unit < first_unit + num_tiles * num_kv_heads:
             tile, kv_head = divmod(unit - first_unit, num_kv_heads)
             # The last tile sees the most positions: taken first, it does not keep the other threads waiting.
-            _attend_tile(parameters, shared, seq, kv_head, (num_tiles - 1 - tile) * tokens_per_tile, scratch)
+            _attend_tile(parameters, shared, page, seq, kv_head, (num_tiles - 1 - tile) * tokens_per_tile, scratch)
             unit = elements.take(parameters)
         first_unit += num_tiles * num_kv_heads
 
 
+def _attend(shared: Any) -> None:
+    _share_out(shared, shared)
+
+
+def _attend_codes(shared: Any) -> None:
+    _share_out(shared, int8_pointer(shared))
+
+
 WORKER = Worker(_attend)
+CODES_WORKER = Worker(_attend_codes)
 
 
 @cached
 def _allocate(given: Parameters, num_threads: int, tokens_per_tile: int, query_start: int) -> Parameters:
     num_heads, padded_dim = given[call.GROUP_SIZE], padded(given[call.HEAD_DIM])
     rows = padded(tokens_per_tile * num_heads)
-    num_floats = 2 * padded_dim * _TILE + rows * (2 * padded_dim + _TILE + 3)
+    num_floats = 2 * padded_dim * _TILE + rows * (2 * padded_dim + _TILE + 3) + _TILE
     scratch_size = _TILE + -(-num_floats // 16) * 8
     num_fixed = -(-NUM_FIELDS // 8) * 8
     parameters = np.empty(num_fixed + num_threads * scratch_size, np.int64)
@@ -206,11 +232,15 @@ def paged_prefill(
     max_query_len: int,
     sliding_window: int | None = None,
     out: torch.Tensor | None = None,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     out = torch.empty_like(query) if out is None else out
     if query.shape[0] == 0:
         return out
-    given = call.describe(query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out)
+    given = call.describe(
+        query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out, k_scales, v_scales
+    )
     num_threads = torch.get_num_threads()
     num_tokens, num_heads, _ = query.shape
     num_kv_heads = k_cache.shape[1]
@@ -218,5 +248,6 @@ def paged_prefill(
     wanted = -(-num_tokens * num_kv_heads // (num_threads * _TILES_PER_THREAD))
     tokens_per_tile = max(1, min(largest, max_query_len, max(wanted, largest // 4)))
     parameters = _allocate(given, num_threads, tokens_per_tile, query_start.data_ptr())
-    WORKER.run(query.dtype, parameters, num_threads)
+    worker = WORKER if k_scales is None else CODES_WORKER
+    worker.run(query.dtype, parameters, num_threads)
     return out
