@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from quire.kernels.backend import Backend, choose_body
 from quire.kernels.checks import KERNEL_DTYPES, require
 from quire.kernels.cpu_matrix import PANEL
+from quire.kernels.cpu_memory import WEIGHT_MEMORY
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
@@ -53,9 +54,9 @@ def pack(weight: torch.Tensor, *, gated: bool = False) -> PackedWeight:
     require(not gated or num_features % 2 == 0, "a gated weight has an even number of rows", weight)
     panels = _in_panels(weight, gated)  # [P, PANEL, K]
     if weight.dtype == torch.bfloat16:
-        data = F.pad(panels, (0, depth % 2)).unflatten(2, (-1, 2)).transpose(1, 2).contiguous()
-    else:
-        data = panels.transpose(1, 2).contiguous()
+        panels = F.pad(panels, (0, depth % 2)).unflatten(2, (-1, 2))
+    laid_out = panels.transpose(1, 2)
+    data = WEIGHT_MEMORY.empty(tuple(laid_out.shape), weight.dtype).copy_(laid_out)
     return PackedWeight(data, num_features // 2 if gated else num_features, depth, gated)
 
 
