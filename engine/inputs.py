@@ -33,7 +33,8 @@ class InputBuilder:
     def build(self, batch: ScheduledBatch) -> ForwardBatch:
         for update in batch.block_table_updates:
             self._block_tables[update.row, update.start : update.start + len(update.block_ids)] = update.block_ids
-        if batch.num_decodes == len(batch.sequences) and self._device.type == "cpu":
+        only_decodes = batch.num_decodes == len(batch.sequences) == len(batch.sampling)
+        if only_decodes and self._device.type == "cpu":
             return self._build_decodes(batch)
         sequences = batch.sequences
         rows = np.array([sequence.row for sequence in sequences], np.int64)
