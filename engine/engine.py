@@ -129,9 +129,9 @@ class Engine:
             return []
         inputs = self._inputs.build(batch)
         self._kv.copy_blocks(batch.block_copies)
-        logits, scored = self._runner.run(inputs, batch.num_sampled_rows)
-        sampled = self._sampler.sample(logits, batch)
-        self._prompt_log_probs.collect(scored, batch, sampled, self._model.logits)
+        output = self._runner.run(inputs, batch.num_sampled_rows)
+        sampled = self._sampler.sample(output.logits, batch, output.best)
+        self._prompt_log_probs.collect(output.scored, batch, sampled, self._model.logits)
         return self._scheduler.update(batch, sampled)
 
     def add(self, request: Request) -> None:

@@ -1,4 +1,4 @@
-"""Runs the model on a step's inputs: recorded kernels for steps that only decode on a CPU, the model itself otherwise."""
+"""Runs the model on a step's inputs: recorded kernels for decodes on a CPU, else the model itself."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quire.kernels.argmax import argmax
 from quire.kernels.cpu_recording import Arena, NotRecordableError, Recording, record
 from quire.models.forward_batch import ForwardBatch
 from quire.models.layers.attention import KVCache
@@ -16,10 +17,22 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class ModelOutput:
+    """What a step computed; good until the next one."""
+
+    logits: torch.Tensor
+    """[num_sampled_rows, vocab_size] float32."""
+    best: torch.Tensor | None
+    """`argmax(logits)`, where it came along."""
+    scored: torch.Tensor
+    """[R - num_sampled_rows, hidden_size]: final hidden states of the other rows that the inputs ask for."""
+
+
+@dataclass(frozen=True, slots=True)
 class _RecordedDecode:
     inputs: ForwardBatch
     recording: Recording
-    logits: torch.Tensor
+    output: ModelOutput
 
 
 class ModelRunner:
@@ -36,28 +49,24 @@ class ModelRunner:
         self._decodes: dict[int, _RecordedDecode] = {}
         self._records = device.type == "cpu"
 
-    def run(self, inputs: ForwardBatch, num_sampled_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute a step.
-
-        Returns:
-            Logits [num_sampled_rows, vocab_size] float32, good until the next step, and the final hidden states
-            [R - num_sampled_rows, hidden_size] of the other rows that `inputs` asks for.
-        """
+    def run(self, inputs: ForwardBatch, num_sampled_rows: int) -> ModelOutput:
+        """Compute a step."""
         if inputs.logits_indices is None and self._records:
             recorded = self._decodes.get(inputs.num_decodes) or self._record(inputs)
             if recorded is not None and recorded.inputs is inputs:
                 recorded.recording.replay(torch.get_num_threads())
-                return recorded.logits, recorded.logits[:0]
+                return recorded.output
         hidden = self._model.forward(inputs, self._kv_caches)
-        return self._model.logits(hidden[:num_sampled_rows]), hidden[num_sampled_rows:]
+        return ModelOutput(self._model.logits(hidden[:num_sampled_rows]), None, hidden[num_sampled_rows:])
 
     def _record(self, inputs: ForwardBatch) -> _RecordedDecode | None:
         try:
             with record(self._arena) as recording:
                 logits = self._model.logits(self._model.forward(inputs, self._kv_caches))
+                output = ModelOutput(logits, argmax(logits), logits[:0])
         except NotRecordableError as error:
             log.info("Steps of this model are not recorded: %s.", error)
             self._records = False
             return None
-        recorded = self._decodes[inputs.num_decodes] = _RecordedDecode(inputs, recording, logits)
+        recorded = self._decodes[inputs.num_decodes] = _RecordedDecode(inputs, recording, output)
         return recorded

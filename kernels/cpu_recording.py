@@ -150,7 +150,6 @@ class Recording:
             self._parameters[_TEAM_SIZE] = 0
         enter(fork_join, prepare, body, self._parameters, num_threads)
 
-
     def profile(self, num_threads: int) -> list[tuple[str, float]]:
         """Replay kernel by kernel; the name of each and the seconds it took, with a fork and a join of its own."""
         fork_join = fork_join_address() if num_threads > 1 else 0
@@ -166,7 +165,7 @@ class Recording:
 class _OnlyViews(TorchDispatchMode):
     """Lets through what makes views; whatever else torch is asked for would be missing in a replay."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: A002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returned = func._schema.returns
         if not all(value.alias_info is not None and not value.alias_info.is_write for value in returned):
             raise NotRecordableError(f"{func} is no kernel that can be recorded")
@@ -183,7 +182,7 @@ def record(arena: Arena) -> Iterator[Recording]:
     recording = Recording(arena)
     RECORDING.recorder = recording
     try:
-        with _OnlyViews():
+        with _OnlyViews():  # type: ignore[no-untyped-call]
             yield recording
     finally:
         RECORDING.recorder = None

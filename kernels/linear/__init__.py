@@ -74,17 +74,18 @@ def unpack(weight: PackedWeight) -> torch.Tensor:
         panels = panels.transpose(1, 2)
     if not weight.gated:
         return panels.flatten(0, 1)[: weight.out_features]
-    halves = panels.unflatten(1, (2, PANEL // 2)).transpose(0, 1).flatten(1, 2)
+    halves: torch.Tensor = panels.unflatten(1, (2, PANEL // 2)).transpose(0, 1).flatten(1, 2)
     return halves[:, : weight.out_features].flatten(0, 1)
 
 
 def _in_panels(matrix: torch.Tensor, gated: bool) -> torch.Tensor:
     """[N, K] to [P, PANEL, K], filled up with zeros."""
+    depth = matrix.shape[1]
     if not gated:
-        return F.pad(matrix, (0, 0, 0, -len(matrix) % PANEL)).unflatten(0, (-1, PANEL))
-    halves = matrix.unflatten(0, (2, -1))
+        return F.pad(matrix, (0, 0, 0, -len(matrix) % PANEL)).reshape(-1, PANEL, depth)
+    halves = matrix.reshape(2, -1, depth)
     halves = F.pad(halves, (0, 0, 0, -halves.shape[1] % (PANEL // 2)))
-    return halves.unflatten(1, (-1, PANEL // 2)).transpose(0, 1).flatten(1, 2)
+    return halves.reshape(2, -1, PANEL // 2, depth).transpose(0, 1).flatten(1, 2)
 
 
 def linear(
