@@ -77,7 +77,8 @@ CODES: Final = {name: code for code, name in enumerate(_FUNCTIONS, NO_ACTIVATION
 def activate(builder: Builder, kinds: Kinds, row: Value, count: Value, code: Value) -> None:
     """row[i] = f(row[i]) for `count` (a multiple of LANES) float32, f by its number; NO_ACTIVATION leaves them."""
     for name, function in _FUNCTIONS.items():
-        with builder.if_then(builder.icmp_signed("==", code, integer(CODES[name]))):
+        is_it = builder.icmp_signed("==", code, integer(CODES[name]))
+        with builder.if_then(is_it):  # noqa: SIM117
             with cgutils.for_range_slice(builder, integer(0), count, integer(LANES), I64) as (index, _):
                 target = at(builder, row, index)
                 store(builder, function(builder, load(builder, target)), target)

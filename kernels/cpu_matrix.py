@@ -1,9 +1,9 @@
 """Matrix products with packed weights: the inner loops of the CPU's linear layers, as LLVM IR.
 
-A weight [N, K] is packed into panels of PANEL output features: panel p holds, for one input feature after another (for
-bfloat16 one pair of them after another), the PANEL weights that it is multiplied with. So a panel is read from its first
-byte to its last, once for up to MAX_ROWS rows, whose sums stay in registers meanwhile. Each sum is made in the order of
-the input features whatever rows stand beside it: a row's result never depends on the batch.
+A weight [N, K] is packed into panels of PANEL output features: a panel holds, for one input feature after another (for
+bfloat16 one pair after another), the PANEL weights that it is multiplied with. So a panel is read from its first byte
+to its last, once for up to MAX_ROWS rows, whose sums stay in registers meanwhile. Each sum is made in the order of the
+input features whatever rows stand beside it: a row's result never depends on the batch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,19 @@ from numba import types
 from numba.core import cgutils
 
 from quire.kernels import cpu_lanes as lanes
-from quire.kernels.cpu_elements import BFLOAT16, F32, I32, I64, Builder, Kinds, Value, emitted, has_feature, nothing
+from quire.kernels.cpu_elements import (
+    BFLOAT16,
+    F32,
+    I32,
+    I64,
+    Builder,
+    Kinds,
+    Value,
+    emitted,
+    has_feature,
+    nothing,
+    widen,
+)
 from quire.kernels.cpu_lanes import LANES, at, integer, load, row_at, store
 
 _NUM_VECTORS = 4 if LANES == 16 else 2
@@ -56,7 +68,6 @@ def _emit_pairs(builder: Builder, rows: list[Value], panel: Value, depth: Value,
             for vector, total in zip(vectors, totals, strict=True):
                 total.set(builder, _pair_products(builder, total.get(builder), pair, vector))
 
-
     with builder.if_then(builder.trunc(depth, ir.IntType(1)), likely=False):
         # The last input feature has no other; its weights are paired with zeros.
         last = builder.lshr(depth, integer(1))
@@ -80,7 +91,7 @@ def _emit_singles(
         line = row_at(builder, panel, loop.index, integer(PANEL))
         vectors = [load(builder, at(builder, line, i * LANES), kind) for i in range(_NUM_VECTORS)]
         for row, totals in zip(rows, sums, strict=True):
-            element = lanes.widen(builder, builder.load(at(builder, row, loop.index)), kind)
+            element = widen(builder, builder.load(at(builder, row, loop.index)), kind)
             factor = lanes.splat(builder, element)
             for vector, total in zip(vectors, totals, strict=True):
                 total.add_product(builder, factor, vector)

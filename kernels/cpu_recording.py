@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import functools
 import math
+import time
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
@@ -102,13 +103,15 @@ class Recording:
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
         self._kernels: list[tuple[int, int, int]] = []
+        self._names: list[str] = []
         self._kept: list[Parameters] = []
         self._free: dict[int, list[npt.NDArray[np.uint8]]] = defaultdict(list)
         self._chunk_index = 0
         self._chunk_used = 0
         self._parameters: Parameters = np.zeros(0, np.int64)
 
-    def add(self, prepare: int, body: int, parameters: Parameters) -> None:
+    def add(self, name: str, prepare: int, body: int, parameters: Parameters) -> None:
+        self._names.append(name)
         self._kernels.append((prepare, body, parameters.ctypes.data))
         self._kept.append(parameters)
 
@@ -147,6 +150,17 @@ class Recording:
             self._parameters[_TEAM_SIZE] = 0
         enter(fork_join, prepare, body, self._parameters, num_threads)
 
+    def profile(self, num_threads: int) -> list[tuple[str, float]]:
+        """Replay kernel by kernel; the name of each and the seconds it took, with a fork and a join of its own."""
+        fork_join = fork_join_address() if num_threads > 1 else 0
+        times = []
+        for name, (prepare, body, _), parameters in zip(self._names, self._kernels, self._kept, strict=False):
+            start = time.perf_counter()
+            parameters[0] = 0
+            enter(fork_join, prepare, body, parameters, num_threads)
+            times.append((name, time.perf_counter() - start))
+        return times
+
 
 class _OnlyViews(TorchDispatchMode):
     """Lets through what makes views; whatever else torch is asked for would be missing in a replay."""
@@ -168,7 +182,7 @@ def record(arena: Arena) -> Iterator[Recording]:
     recording = Recording(arena)
     RECORDING.recorder = recording
     try:
-        with _OnlyViews():
+        with _OnlyViews():  # type: ignore[no-untyped-call]
             yield recording
     finally:
         RECORDING.recorder = None

@@ -60,7 +60,7 @@ KEPT_MEMORY = KeptMemory()
 class Recorder(Protocol):
     """Takes down what workers are asked to run, instead of their running it: see `cpu_recording`."""
 
-    def add(self, prepare: int, body: int, parameters: Parameters) -> None: ...
+    def add(self, name: str, prepare: int, body: int, parameters: Parameters) -> None: ...
     def new_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor: ...
     def scratch(self, num_bytes: int) -> int: ...
 
@@ -96,6 +96,8 @@ class Worker:
     """
 
     def __init__(self, body: Callable[[Any], None], prepare: Callable[[Any], None] | None = None) -> None:
+        self.name = f"{body.__module__.rpartition('kernels.')[2].removesuffix('.cpu')}.{body.__name__.lstrip('_')}"
+        """For profiles."""
         self._functions = (prepare, body)
         self._compiled: dict[torch.dtype, tuple[Any, Any]] = {}
 
@@ -104,7 +106,7 @@ class Worker:
         prepare, body = self._compiled.get(dtype) or self.compile(dtype)
         prepare_address = 0 if prepare is None else prepare.address
         if RECORDING.recorder is not None:
-            RECORDING.recorder.add(prepare_address, body.address, parameters)
+            RECORDING.recorder.add(self.name, prepare_address, body.address, parameters)
             return
         fork_join = fork_join_address() if num_threads > 1 else 0
         if num_threads > 1 and not fork_join:

@@ -47,9 +47,7 @@ class GPT2:
             *(weights, f"{prefix}wte", "lm_head", config.vocab_size, config.hidden_size),
             tied=config.tie_word_embeddings,
         )
-        self._positions = load_embedding(
-            weights, f"{prefix}wpe", config.max_position_embeddings, config.hidden_size
-        )
+        self._positions = load_embedding(weights, f"{prefix}wpe", config.max_position_embeddings, config.hidden_size)
         self._layers = [GPT2Layer(config, weights, f"{prefix}h.{index}") for index in range(config.num_layers)]
         self._norm = LayerNorm(weights, f"{prefix}ln_f", config.hidden_size, config.norm_eps)
         self.weight_bytes = weights.num_bytes

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from quire.kernels.backend import Backend, choose_body
 from quire.kernels.checks import KERNEL_DTYPES, require
 from quire.kernels.cpu_matrix import PANEL
+from quire.kernels.cpu_memory import WEIGHT_MEMORY
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
@@ -53,9 +54,9 @@ def pack(weight: torch.Tensor, *, gated: bool = False) -> PackedWeight:
     require(not gated or num_features % 2 == 0, "a gated weight has an even number of rows", weight)
     panels = _in_panels(weight, gated)  # [P, PANEL, K]
     if weight.dtype == torch.bfloat16:
-        data = F.pad(panels, (0, depth % 2)).unflatten(2, (-1, 2)).transpose(1, 2).contiguous()
-    else:
-        data = panels.transpose(1, 2).contiguous()
+        panels = F.pad(panels, (0, depth % 2)).unflatten(2, (-1, 2))
+    laid_out = panels.transpose(1, 2)
+    data = WEIGHT_MEMORY.empty(tuple(laid_out.shape), weight.dtype).copy_(laid_out)
     return PackedWeight(data, num_features // 2 if gated else num_features, depth, gated)
 
 
@@ -73,17 +74,18 @@ def unpack(weight: PackedWeight) -> torch.Tensor:
         panels = panels.transpose(1, 2)
     if not weight.gated:
         return panels.flatten(0, 1)[: weight.out_features]
-    halves = panels.unflatten(1, (2, PANEL // 2)).transpose(0, 1).flatten(1, 2)
+    halves: torch.Tensor = panels.unflatten(1, (2, PANEL // 2)).transpose(0, 1).flatten(1, 2)
     return halves[:, : weight.out_features].flatten(0, 1)
 
 
 def _in_panels(matrix: torch.Tensor, gated: bool) -> torch.Tensor:
     """[N, K] to [P, PANEL, K], filled up with zeros."""
+    depth = matrix.shape[1]
     if not gated:
-        return F.pad(matrix, (0, 0, 0, -len(matrix) % PANEL)).unflatten(0, (-1, PANEL))
-    halves = matrix.unflatten(0, (2, -1))
+        return F.pad(matrix, (0, 0, 0, -len(matrix) % PANEL)).reshape(-1, PANEL, depth)
+    halves = matrix.reshape(2, -1, depth)
     halves = F.pad(halves, (0, 0, 0, -halves.shape[1] % (PANEL // 2)))
-    return halves.unflatten(1, (-1, PANEL // 2)).transpose(0, 1).flatten(1, 2)
+    return halves.reshape(2, -1, PANEL // 2, depth).transpose(0, 1).flatten(1, 2)
 
 
 def linear(

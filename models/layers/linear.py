@@ -42,9 +42,7 @@ class TorchLinear:
 class PackedLinear:
     """On a CPU, by our own kernel."""
 
-    def __init__(
-        self, weight: packed.PackedWeight, bias: torch.Tensor | None, activation: Activation | None
-    ) -> None:
+    def __init__(self, weight: packed.PackedWeight, bias: torch.Tensor | None, activation: Activation | None) -> None:
         self._weight = weight
         self._bias = None if bias is None else packed.pack_bias(bias, gated=weight.gated)
         self._activation = activation
