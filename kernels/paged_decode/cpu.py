@@ -20,7 +20,7 @@ from quire.kernels.cpu_elements import (
     take,
 )
 from quire.kernels.cpu_lanes import LANES, padded
-from quire.kernels.cpu_workers import Worker, new_tensor, scratch
+from quire.kernels.cpu_workers import Worker, is_recording, new_tensor, scratch
 
 _CHUNK = 128
 """Positions of one softmax, rounded down to whole blocks. The chunks of a sequence are always joined in the order of
@@ -40,8 +40,7 @@ _MIN_ELEMENTS = 65536  # elements of keys and values that are worth a second thr
     PARTIALS,  # results of chunks that wait for the last unit of their sequence and head
     SCRATCH,  # of each thread
     SCRATCH_SIZE,
-    NUM_FIELDS,
-) = range(call.NUM_COMMON, call.NUM_COMMON + 10)
+) = range(call.NUM_COMMON, call.NUM_COMMON + 9)
 
 
 @numba.njit
@@ -275,23 +274,23 @@ def paged_decode(
     _, num_kv_heads, block_size, _ = k_cache.shape
     max_num_positions = block_tables.shape[1] * block_size
     is_small = 2 * num_seqs * max_num_positions * num_kv_heads * head_dim <= _MIN_ELEMENTS
-    num_threads = 1 if is_small else torch.get_num_threads()
+    num_threads = 1 if is_small and not is_recording() else torch.get_num_threads()
     chunk_size = _chunk_size(block_size)
     group_size = num_heads // num_kv_heads
-    partial_size = _partial_size(group_size, head_dim)
-    scratch_size = group_size * (padded(head_dim) + padded(chunk_size)) + 2 * partial_size
+    partial_size = _partial_size.py_func(group_size, head_dim)
+    scratch_size = group_size * (padded.py_func(head_dim) + padded.py_func(chunk_size)) + 2 * partial_size
     scratch_size = -(-scratch_size // 16) * 8
+    num_planned = 2 * num_seqs + 1 + num_seqs * num_kv_heads
     max_num_partials = num_seqs * num_kv_heads * -(-max_num_positions // chunk_size)
-    memory = scratch(8 * num_threads * scratch_size + 4 * max_num_partials * partial_size)
-
-    parameters = np.empty(NUM_FIELDS + 2 * num_seqs + 1 + num_seqs * num_kv_heads, np.int64)
-    first_units = parameters.ctypes.data + 8 * NUM_FIELDS
+    memory = scratch(8 * (num_threads * scratch_size + num_planned) + 4 * max_num_partials * partial_size)
+    first_units = memory + 8 * num_threads * scratch_size
     first_partials = first_units + 8 * (num_seqs + 1)
-    parameters[:NUM_FIELDS] = [
-        *call.describe(query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out, k_scales, v_scales),
-        *(num_threads, chunk_size, 0, first_units, first_partials, first_partials + 8 * num_seqs),
-        *(memory + 8 * num_threads * scratch_size, memory, scratch_size),
-    ]
+    finished = first_partials + 8 * num_seqs
+    partials = finished + 8 * num_seqs * num_kv_heads
+    common = call.describe(
+        query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out, k_scales, v_scales
+    )
+    own = (num_threads, chunk_size, 0, first_units, first_partials, finished, partials, memory, scratch_size)
     worker = WORKER if k_scales is None else CODES_WORKER
-    worker.run(query.dtype, parameters, num_threads)
+    worker.run(query.dtype, np.array([*common, *own], np.int64), num_threads)
     return out

@@ -13,7 +13,7 @@ from quire.kernels import cpu_elements as elements
 from quire.kernels import cpu_vector as vector
 from quire.kernels.cpu_elements import float32_pointer, int8_pointer, int32_pointer, int64_pointer, move, pointer_to
 from quire.kernels.cpu_lanes import LANES, LOWEST, padded
-from quire.kernels.cpu_workers import Parameters, Worker, cached
+from quire.kernels.cpu_workers import Worker, new_tensor, scratch
 
 _TILE = 64
 """Positions of a tile of keys and values. Tiles begin at multiples of it wherever a chunk of a prompt begins, so a
@@ -23,7 +23,9 @@ _MAX_ROWS = 128  # rows of a tile of queries; a row is one token and one query h
 _TILES_PER_THREAD = 4  # at least so many tiles of queries for each thread, if there are enough tokens
 
 # After the common fields.
-QUERY_START, TOKENS_PER_TILE, SCRATCH, SCRATCH_SIZE, NUM_FIELDS = range(call.NUM_COMMON, call.NUM_COMMON + 5)
+QUERY_START, TOKENS_PER_TILE, MAX_TOKENS_PER_TILE, NUM_THREADS, SCRATCH, SCRATCH_SIZE = range(
+    call.NUM_COMMON, call.NUM_COMMON + 6
+)
 
 
 @numba.njit
@@ -200,25 +202,30 @@ def _attend_codes(shared: Any) -> None:
     _share_out(shared, int8_pointer(shared))
 
 
-WORKER = Worker(_attend)
-CODES_WORKER = Worker(_attend_codes)
-
-
-@cached
-def _allocate(given: Parameters, num_threads: int, tokens_per_tile: int, query_start: int) -> Parameters:
-    num_heads, padded_dim = given[call.GROUP_SIZE], padded(given[call.HEAD_DIM])
-    rows = padded(tokens_per_tile * num_heads)
+@numba.njit
+def _scratch_size(padded_dim: int, rows: int) -> int:
+    """int64 that a thread needs for tiles of so many rows of queries."""
     num_floats = 2 * padded_dim * _TILE + rows * (2 * padded_dim + _TILE + 3) + _TILE
-    scratch_size = _TILE + -(-num_floats // 16) * 8
-    num_fixed = -(-NUM_FIELDS // 8) * 8
-    parameters = np.empty(num_fixed + num_threads * scratch_size, np.int64)
-    for field in range(call.NUM_COMMON):
-        parameters[field] = given[field]
-    parameters[QUERY_START] = query_start
-    parameters[TOKENS_PER_TILE] = tokens_per_tile
-    parameters[SCRATCH] = parameters.ctypes.data + 8 * num_fixed
-    parameters[SCRATCH_SIZE] = scratch_size
-    return parameters
+    size: int = _TILE + -(-num_floats // 16) * 8
+    return size
+
+
+def _prepare(shared: Any) -> None:
+    """Choose how many tokens a tile of queries has: enough tiles for all threads, unless they would be tiny."""
+    parameters = int64_pointer(shared)
+    query_start, num_seqs = int32_pointer(parameters[QUERY_START]), parameters[call.NUM_SEQS]
+    longest = np.int64(0)
+    for seq in range(num_seqs):
+        longest = max(longest, np.int64(query_start[seq + 1] - query_start[seq]))
+    largest = parameters[MAX_TOKENS_PER_TILE]
+    num_tiles = parameters[NUM_THREADS] * _TILES_PER_THREAD
+    wanted = -(-np.int64(query_start[num_seqs]) * parameters[call.NUM_KV_HEADS] // num_tiles)
+    parameters[TOKENS_PER_TILE] = max(1, min(largest, longest, max(wanted, largest // 4)))
+    parameters[call.THREAD] = 0
+
+
+WORKER = Worker(_attend, _prepare)
+CODES_WORKER = Worker(_attend_codes, _prepare)
 
 
 def paged_prefill(
@@ -235,19 +242,20 @@ def paged_prefill(
     k_scales: torch.Tensor | None = None,
     v_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    out = torch.empty_like(query) if out is None else out
+    out = new_tensor(tuple(query.shape), query.dtype) if out is None else out
     if query.shape[0] == 0:
         return out
-    given = call.describe(
+    _, num_heads, head_dim = query.shape
+    num_kv_heads, num_threads = k_cache.shape[1], torch.get_num_threads()
+    group_size = num_heads // num_kv_heads
+    max_tokens_per_tile = max(1, _MAX_ROWS // group_size)
+    padded_dim, rows = padded.py_func(head_dim), padded.py_func(max_tokens_per_tile * group_size)
+    scratch_size = _scratch_size.py_func(padded_dim, rows)
+    memory = scratch(8 * num_threads * scratch_size)
+    common = call.describe(
         query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out, k_scales, v_scales
     )
-    num_threads = torch.get_num_threads()
-    num_tokens, num_heads, _ = query.shape
-    num_kv_heads = k_cache.shape[1]
-    largest = max(1, _MAX_ROWS * num_kv_heads // num_heads)
-    wanted = -(-num_tokens * num_kv_heads // (num_threads * _TILES_PER_THREAD))
-    tokens_per_tile = max(1, min(largest, max_query_len, max(wanted, largest // 4)))
-    parameters = _allocate(given, num_threads, tokens_per_tile, query_start.data_ptr())
+    own = (query_start.data_ptr(), 0, max_tokens_per_tile, num_threads, memory, scratch_size)
     worker = WORKER if k_scales is None else CODES_WORKER
-    worker.run(query.dtype, parameters, num_threads)
+    worker.run(query.dtype, np.array([*common, *own], np.int64), num_threads)
     return out
