@@ -39,6 +39,14 @@ def warm_up(model: Model, kv: KVStorage, device: torch.device) -> None:
     warm_up_sampling(model.logits(hidden))
 
 
+@torch.inference_mode()
+def load_cpu_kernels() -> None:
+    """Import the compiler of the CPU kernels and load those that depend on no model: work for another thread, while
+    this one reads weights. On a row so short that no second thread is asked for.
+    """
+    warm_up_sampling(torch.zeros(1, 64))
+
+
 def warm_up_sampling(logits: torch.Tensor) -> None:
     """Every kernel that the sampler may call, on two rows of logits."""
     ones = torch.ones(len(logits), dtype=torch.float32, device=logits.device)
