@@ -30,8 +30,8 @@ from pathlib import Path
 import quire
 
 PATIENCE_SECONDS = 180.0
-REST_SECONDS = 3.0
-"""Long enough for a child that the server starts behind the first request."""
+REST_SECONDS = 4.0
+"""Long enough for the child that judges grammars, which starts two seconds after the server is ready."""
 STAGES = ("port", "ready", "token", "whole")
 
 

@@ -36,6 +36,8 @@ _ENGINE_STOP_SECONDS_IN_HASTE: Final = 0.3
 _LAST_WORDS_SECONDS: Final = 2.0
 """For error frames to reach clients after a request was cut."""
 _WATCH_SECONDS: Final = 0.2
+_GRAMMAR_WARM_UP_SECONDS: Final = 2.0
+"""After the server is ready. A grammar that comes earlier starts the child by itself."""
 _IMPORTED_MEANWHILE: Final = ("quire.server.app", "quire.server.http_server")
 """The slow half of the front process's imports: while the engine process, started before, has its own to do."""
 
@@ -163,7 +165,7 @@ async def _serve_until_drained(
         return ExitCode.INTERNAL_ERROR
     announce(client, settings, listener)
 
-    warm_up = asyncio.ensure_future(compiler.warm_up())
+    warm_up = asyncio.ensure_future(_warm_up_later(compiler))
     code = await _until_end(context, serving, signals)
     warm_up.cancel()
     if code is ExitCode.CLEAN:
@@ -180,6 +182,12 @@ async def _serve_until_drained(
         serving.cancel()
         await asyncio.wait([serving], timeout=_LAST_WORDS_SECONDS / 2)
     return code
+
+
+async def _warm_up_later(compiler: GrammarCompiler) -> None:
+    """Not at once: it would take a core from the first request."""
+    await asyncio.sleep(_GRAMMAR_WARM_UP_SECONDS)
+    await compiler.warm_up()
 
 
 async def _until_end(context: ServerContext, serving: asyncio.Future[None], signals: Signals) -> ExitCode:
