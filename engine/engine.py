@@ -17,6 +17,7 @@ from quire.engine.inputs import InputBuilder
 from quire.engine.kv_storage import KVStorage
 from quire.engine.memory import plan_memory
 from quire.engine.messages import EngineInfo
+from quire.engine.model_runner import ModelRunner
 from quire.engine.prompt_log_probs import PromptLogProbs
 from quire.engine.sampler import Sampler
 from quire.engine.stop_texts import StopTextsFactory
@@ -81,6 +82,7 @@ class Engine:
         self._kv = KVStorage(
             model_config, budget.num_blocks, config.block_size, dtype, device, max_logprobs=max_logprobs
         )
+        self._runner = ModelRunner(self._model, self._kv.layers, device)
         self._inputs = InputBuilder(max_num_seqs, budget.max_model_len, config.block_size, device)
         self._grammars = GrammarFactory(directory, model_config.vocab_size, model_config.eos_token_ids)
         self._sampler = Sampler(max_num_seqs, self._grammars)
@@ -132,10 +134,9 @@ class Engine:
             return []
         inputs = self._inputs.build(batch)
         self._kv.copy_blocks(batch.block_copies)
-        hidden = self._model.forward(inputs, self._kv.layers)
-        num_rows = batch.num_sampled_rows
-        sampled = self._sampler.sample(self._model.logits(hidden[:num_rows]), batch)
-        self._prompt_log_probs.collect(hidden[num_rows:], batch, sampled, self._model.logits)
+        output = self._runner.run(inputs, batch.num_sampled_rows)
+        sampled = self._sampler.sample(output.logits, batch, output.best)
+        self._prompt_log_probs.collect(output.scored, batch, sampled, self._model.logits)
         return self._scheduler.update(batch, sampled)
 
     def add(self, request: Request) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 from quire.engine.log_prob_pages import LogProbEntries, LogProbPages
 from quire.kernels.log_probs import log_probs
@@ -15,9 +14,6 @@ from quire.scheduler.sequence import Sequence
 
 MAX_LOGITS_BYTES = 64 * 2**20
 """Of the logits that exist at once."""
-ROW_MULTIPLE = 8
-"""A CPU's matrix products give a row the same bits whenever its neighbours fill such groups: measured with MKL and
-oneDNN, float32, float16 and bfloat16, 1 to 16 threads. Of fewer than 4 rows a thread they may be others."""
 
 LogitsFunction = Callable[[torch.Tensor], torch.Tensor]
 
@@ -52,7 +48,7 @@ def scored_chunks(batch: ScheduledBatch) -> list[ScoredChunk]:
 
 def rows_at_once(vocab_size: int) -> int:
     """Rows whose logits exist at once."""
-    return max(MAX_LOGITS_BYTES // (4 * vocab_size) // ROW_MULTIPLE, 1) * ROW_MULTIPLE
+    return max(MAX_LOGITS_BYTES // (4 * vocab_size), 1)
 
 
 def log_prob_entries(
@@ -70,9 +66,7 @@ def log_prob_entries(
     parts: list[tuple[torch.Tensor, ...]] = []
     num_rows = rows_at_once(vocab_size)
     for rows, row_token_ids in zip(hidden.split(num_rows), token_ids.split(num_rows), strict=True):
-        padded = F.pad(rows, (0, 0, 0, -len(rows) % ROW_MULTIPLE))
-        row_logits = logits(padded)[: len(rows)]
-        parts.append(_entries_of_rows(row_logits, row_token_ids, depth))
+        parts.append(_entries_of_rows(logits(rows), row_token_ids, depth))
     log_prob, top_ids, top_log_probs, finite = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
     return LogProbEntries(log_prob.numpy(), top_ids.int().numpy(), top_log_probs.numpy()), finite
 

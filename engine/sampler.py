@@ -18,6 +18,7 @@ from quire.engine.penalties import Penalties
 from quire.engine.sample_rows import sample_rows
 from quire.engine.sampling_options import SampleRow, SamplingOptions, SamplingRows, StepRows
 from quire.engine.token_masks import add_biases, ban_tokens, keep_allowed
+from quire.kernels.argmax import argmax
 from quire.kernels.sample import sample as draw
 from quire.scheduler.output import Candidates, ErrorCode, SampledTokens, ScheduledBatch, TokenLogProbs
 
@@ -45,7 +46,7 @@ def keep_typical(logits: torch.Tensor, options: SamplingOptions) -> None:
     logits[rows] = logits[rows].masked_fill(distance > ordered.gather(1, last), -torch.inf)
 
 
-def sample(logits: torch.Tensor, options: SamplingOptions) -> tuple[torch.Tensor, torch.Tensor]:
+def sample(logits: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
     """Choose one token a row: temperature, typical_p, top_k, top_p, min_p, draw.
 
     Args:
@@ -53,12 +54,11 @@ def sample(logits: torch.Tensor, options: SamplingOptions) -> tuple[torch.Tensor
         options: of the same R rows.
 
     Returns:
-        token ids [R] int64, and [R] bool: whether the row's logits were finite at their largest (NaN is never hidden).
+        token ids [R] int64, -1 where the row's logits are not finite at their largest (NaN is never hidden).
     """
+    best = argmax(logits)
     if not options.temperature.any():
-        best = logits.max(dim=-1)
-        return best.indices, best.values.isfinite()
-    finite = logits.amax(dim=-1).isfinite()
+        return best
     keep_typical(logits, options)
 
     def to_device(values: npt.NDArray[np.generic]) -> torch.Tensor:
@@ -72,7 +72,7 @@ def sample(logits: torch.Tensor, options: SamplingOptions) -> tuple[torch.Tensor
         to_device(options.min_p),
         to_device(options.uniform),
     )
-    return token_ids, finite
+    return torch.where(best >= 0, token_ids, -1)
 
 
 class Sampler:
@@ -83,17 +83,24 @@ class Sampler:
         self._penalties = Penalties(max_num_seqs)
         self._grammars = GrammarRows(max_num_seqs, grammars)
 
-    def sample(self, logits: torch.Tensor, batch: ScheduledBatch) -> SampledTokens:
-        """logits: [R, V] float32, R as `sample_rows` has it, overwritten by what adjusts them."""
+    def sample(self, logits: torch.Tensor, batch: ScheduledBatch, best: torch.Tensor | None = None) -> SampledTokens:
+        """Choose the batch's tokens.
+
+        Args:
+            logits: [R, V] float32, R as `sample_rows` has it, overwritten by what adjusts them.
+            best: `argmax(logits)`, if it is known.
+        """
         if not batch.sampling:
             return SampledTokens([])
-        rows = self._rows.select(sample_rows(batch))
+        chosen = sample_rows(batch)
+        if self._rows.are_greedy(chosen.sequences):
+            return SampledTokens(_tokens((argmax(logits) if best is None else best).tolist()))
+        rows = self._rows.select(chosen)
         raw = RawLogits(logits, rows)
         finite, grammars = self._adjust(logits, rows)
-        token_ids, still_finite = sample(logits, rows.options)
-        packed: list[int] = torch.where(finite & still_finite, token_ids, -1).tolist()
+        packed: list[int] = torch.where(finite, sample(logits, rows.options), -1).tolist()
         return SampledTokens(
-            [token_id if token_id >= 0 else None for token_id in packed],
+            _tokens(packed),
             raw.of_chosen(packed),
             candidates_of_beams(logits, raw, rows.beams, packed),
             failures(packed, finite, rows.adjusted, grammars),
@@ -107,7 +114,7 @@ class Sampler:
         """
         if not rows.adjusted:
             return torch.ones(len(logits), dtype=torch.bool, device=logits.device), GrammarStep()
-        finite = logits.amax(dim=-1).isfinite()
+        finite = argmax(logits) >= 0
         if rows.beams:
             indices = _indices(rows.beams, logits)
             logits[indices] = logits[indices].log_softmax(dim=-1)
@@ -117,6 +124,10 @@ class Sampler:
         grammars = self._grammars.mask(logits, rows.adjusted)
         ban_tokens(logits, rows.adjusted, grammars.complete)
         return finite, grammars
+
+
+def _tokens(packed: list[int]) -> list[int | None]:
+    return [token_id if token_id >= 0 else None for token_id in packed]
 
 
 class RawLogits:

@@ -78,12 +78,17 @@ class SamplingRows:
         self._adjusts = np.zeros(max_num_seqs, np.bool_)
         self._is_beam = np.zeros(max_num_seqs, np.bool_)
         self._is_scored = np.zeros(max_num_seqs, np.bool_)
+        self._is_greedy = [False] * max_num_seqs
+
+    def are_greedy(self, sequences: list[Sequence]) -> bool:
+        """Whether all of them take the most probable token, and nothing else is asked for."""
+        self._place_new(sequences)
+        is_greedy = self._is_greedy
+        return all(is_greedy[sequence.row] for sequence in sequences)
 
     def select(self, sample_rows: SampleRows) -> StepRows:
         sequences = sample_rows.sequences
-        for sequence in sequences:
-            if self._sequences[sequence.row] is not sequence:
-                self._place(sequence)
+        self._place_new(sequences)
         rows = np.array([sequence.row for sequence in sequences], np.int64)
         temperature = self._temperature[rows]
         if temperature.any():
@@ -100,6 +105,12 @@ class SamplingRows:
 
         return StepRows(options, chosen(self._adjusts), chosen(self._is_beam), chosen(self._is_scored))
 
+    def _place_new(self, sequences: list[Sequence]) -> None:
+        placed = self._sequences
+        for sequence in sequences:
+            if placed[sequence.row] is not sequence:
+                self._place(sequence)
+
     def _place(self, sequence: Sequence) -> None:
         row, params = sequence.row, sequence.request.params
         self._sequences[row] = sequence
@@ -114,6 +125,7 @@ class SamplingRows:
         self._adjusts[row] = params.use_beam_search or adjusts_logits(params)
         self._is_beam[row] = params.use_beam_search
         self._is_scored[row] = params.logprobs is not None and not params.use_beam_search
+        self._is_greedy[row] = not (self._temperature[row] or self._adjusts[row] or self._is_scored[row])
 
 
 def adjusts_logits(params: SamplingParams) -> bool:

@@ -76,11 +76,15 @@ def _target() -> tuple[str, str]:
     return triple.partition("-")[0], features
 
 
+def architecture() -> str:
+    return _target()[0]
+
+
 def has_feature(name: str) -> bool:
     return f"+{name}" in _target()[1].split(",")
 
 
-_CONVERTS_HALF = has_feature("f16c") or _target()[0] in ("aarch64", "arm64")  # elsewhere LLVM calls what is not there
+_CONVERTS_HALF = has_feature("f16c") or architecture() in ("aarch64", "arm64")  # elsewhere LLVM calls what is not there
 
 
 def widen(builder: Builder, element: Value, kind: types.Type) -> Value:

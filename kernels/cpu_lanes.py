@@ -59,13 +59,13 @@ def splat(builder: Builder, scalar: Value) -> Value:
     return shuffle(builder, single, single, [0] * LANES)
 
 
-def _call(builder: Builder, name: str, result: Value, arguments: list[Value]) -> Value:
+def call(builder: Builder, name: str, result: Value, arguments: list[Value]) -> Value:
     function_type = ir.FunctionType(result, [argument.type for argument in arguments])
     return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), arguments)
 
 
 def multiply_add(builder: Builder, x: Value, y: Value, z: Value) -> Value:
-    return _call(builder, f"llvm.fmuladd.v{LANES}f32", _VECTOR, [x, y, z])
+    return call(builder, f"llvm.fmuladd.v{LANES}f32", _VECTOR, [x, y, z])
 
 
 def at(builder: Builder, pointer: Value, *offsets: Value | int) -> Value:
@@ -89,7 +89,7 @@ def load(builder: Builder, pointer: Value, kind: types.Type = types.float32, mas
         return widen(builder, builder.load(vector_pointer, align=size), kind)
     name = f"llvm.masked.load.v{LANES}{'f32' if kind == types.float32 else 'i16'}.p0"
     arguments = [vector_pointer, ir.Constant(I32, size), mask, ir.Constant(vector_type, None)]
-    return widen(builder, _call(builder, name, vector_type, arguments), kind)
+    return widen(builder, call(builder, name, vector_type, arguments), kind)
 
 
 def store(builder: Builder, vector: Value, pointer: Value) -> None:
@@ -100,7 +100,7 @@ def masked_store(builder: Builder, vector: Value, pointer: Value, mask: Value) -
     """As `store`; memory outside `mask` is not touched."""
     vector_pointer = builder.bitcast(pointer, _VECTOR.as_pointer())
     arguments = [vector, vector_pointer, ir.Constant(I32, 4), mask]
-    _call(builder, f"llvm.masked.store.v{LANES}f32.p0", ir.VoidType(), arguments)
+    call(builder, f"llvm.masked.store.v{LANES}f32.p0", ir.VoidType(), arguments)
 
 
 def prefetch(builder: Builder, pointer: Value, count: Value, kind: types.Type) -> None:
@@ -109,7 +109,7 @@ def prefetch(builder: Builder, pointer: Value, count: Value, kind: types.Type) -
     with cgutils.for_range_slice(builder, integer(0), count, line, I64) as (index, _):
         address = builder.bitcast(at(builder, pointer, index), ir.IntType(8).as_pointer())
         read, keep, data = (ir.Constant(I32, option) for option in (0, 3, 1))
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, read, keep, data])
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, read, keep, data])
 
 
 class Sum:

@@ -16,7 +16,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numba
 import numpy as np
@@ -57,37 +57,82 @@ class KeptMemory(threading.local):
 KEPT_MEMORY = KeptMemory()
 
 
+class Recorder(Protocol):
+    """Takes down what workers are asked to run, instead of their running it: see `cpu_recording`."""
+
+    def add(self, name: str, prepare: int, body: int, parameters: Parameters) -> None: ...
+    def new_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor: ...
+    def scratch(self, num_bytes: int) -> int: ...
+
+
+class _Recording(threading.local):
+    recorder: Recorder | None = None
+
+
+RECORDING = _Recording()
+
+
+def new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Where a worker writes its result. Every tensor that a CPU kernel returns comes from here."""
+    recorder = RECORDING.recorder
+    return torch.empty(shape, dtype=dtype) if recorder is None else recorder.new_tensor(shape, dtype)
+
+
+def scratch(num_bytes: int) -> int:
+    """The address of memory that is one worker's while it runs, and anybody's afterwards."""
+    recorder = RECORDING.recorder
+    return KEPT_MEMORY.address(num_bytes) if recorder is None else recorder.scratch(num_bytes)
+
+
 class Worker:
     """A function `body(parameters)` that several threads enter at once and whose work they share out among themselves.
 
     `parameters` is an int64 array, shown to the body as a pointer to elements of the dtype: the body is compiled once
-    for each dtype, at its first use. The body must not raise.
+    for each dtype, at its first use. The first parameter is zero when the threads enter: the ticket of the next unit
+    of work. `prepare(parameters)` is run before that by one thread alone. Neither must raise.
+
+    Parameters are used again when a recording is replayed: whatever changes while the body runs, or follows from
+    values that tensors hold, is for `prepare` to set.
     """
 
-    def __init__(self, body: Callable[[Any], None]) -> None:
-        self._body = body
-        self._compiled: dict[torch.dtype, Any] = {}
+    def __init__(self, body: Callable[[Any], None], prepare: Callable[[Any], None] | None = None) -> None:
+        self.name = f"{body.__module__.rpartition('kernels.')[2].removesuffix('.cpu')}.{body.__name__.lstrip('_')}"
+        """For profiles."""
+        self._functions = (prepare, body)
+        self._compiled: dict[torch.dtype, tuple[Any, Any]] = {}
 
     def run(self, dtype: torch.dtype, parameters: Parameters, num_threads: int) -> None:
         """Enter the body on `num_threads` threads, this one among them, and return when all have left it."""
-        compiled = self._compiled.get(dtype) or self.compile(dtype)
-        fork_join = _fork_join() if num_threads > 1 else 0
+        prepare, body = self._compiled.get(dtype) or self.compile(dtype)
+        prepare_address = 0 if prepare is None else prepare.address
+        if RECORDING.recorder is not None:
+            RECORDING.recorder.add(self.name, prepare_address, body.address, parameters)
+            return
+        fork_join = fork_join_address() if num_threads > 1 else 0
         if num_threads > 1 and not fork_join:
-            _numba_fork_join()(compiled.address, parameters, num_threads)
+            _numba_fork_join()(prepare_address, body.address, parameters, num_threads)
         else:
-            _enter(fork_join, compiled.address, parameters, num_threads)
+            enter(fork_join, prepare_address, body.address, parameters, num_threads)
 
-    def compile(self, dtype: torch.dtype) -> Any:
-        """Compile the body for `dtype`, or load what an earlier process compiled."""
-        signature = types.void(types.CPointer(_ELEMENTS[dtype]))
-        options = {"nopython": True, "error_model": "numpy"}
-        try:
-            with _cache_directory() as usable:
-                compiled = numba.cfunc(signature, cache=usable, **options)(self._body)
-        except OSError:  # the disk is full, or the directory went away: only the next start pays for it
-            compiled = numba.cfunc(signature, **options)(self._body)
-        self._compiled[dtype] = compiled
+    def compile(self, dtype: torch.dtype) -> tuple[Any, Any]:
+        """Compile for `dtype`, or load what an earlier process compiled."""
+        prepare, body = self._functions
+        compiled = self._compiled[dtype] = (
+            None if prepare is None else compiled_function(prepare, dtype),
+            compiled_function(body, dtype),
+        )
         return compiled
+
+
+def compiled_function(function: Callable[[Any], None], dtype: torch.dtype) -> Any:
+    """A C function of a pointer to elements of `dtype`; its `address` is what other compiled code calls."""
+    signature = types.void(types.CPointer(_ELEMENTS[dtype]))
+    options = {"nopython": True, "error_model": "numpy"}
+    try:
+        with _cache_directory() as usable:
+            return numba.cfunc(signature, cache=usable, **options)(function)
+    except OSError:  # the disk is full, or the directory went away: only the next start pays for it
+        return numba.cfunc(signature, **options)(function)
 
 
 @contextlib.contextmanager
@@ -123,21 +168,21 @@ def _writable_cache_directory() -> str:
 
 
 @emitted(nothing)
-def _call_worker(
-    builder: Builder, kinds: Kinds, fork_join: Value, worker: Value, parameters: Value, num_threads: Value
-) -> None:
-    """GOMP_parallel(worker, parameters, num_threads, 0), or worker(parameters) if there is no `fork_join`."""
+def call_function(builder: Builder, kinds: Kinds, function: Value, argument: Value) -> None:
+    """function(argument), both addresses."""
+    pointer = ir.IntType(8).as_pointer()
+    function_type = ir.FunctionType(ir.VoidType(), [pointer])
+    builder.call(builder.inttoptr(function, function_type.as_pointer()), [builder.inttoptr(argument, pointer)])
+
+
+@emitted(nothing)
+def _fork(builder: Builder, kinds: Kinds, fork_join: Value, body: Value, argument: Value, num_threads: Value) -> None:
+    """GOMP_parallel(body, argument, num_threads, 0)."""
     pointer, unsigned = ir.IntType(8).as_pointer(), ir.IntType(32)
-    worker_type = ir.FunctionType(ir.VoidType(), [pointer])
-    fork_join_type = ir.FunctionType(ir.VoidType(), [pointer, pointer, unsigned, unsigned])
-    data = builder.inttoptr(parameters, pointer)
-    with builder.if_else(builder.icmp_signed("!=", fork_join, fork_join.type(0))) as (forked, alone):
-        with forked:
-            function = builder.inttoptr(fork_join, fork_join_type.as_pointer())
-            threads = builder.trunc(num_threads, unsigned)
-            builder.call(function, [builder.inttoptr(worker, pointer), data, threads, unsigned(0)])
-        with alone:
-            builder.call(builder.inttoptr(worker, worker_type.as_pointer()), [data])
+    function_type = ir.FunctionType(ir.VoidType(), [pointer, pointer, unsigned, unsigned])
+    arguments = [builder.inttoptr(body, pointer), builder.inttoptr(argument, pointer)]
+    arguments += [builder.trunc(num_threads, unsigned), unsigned(0)]
+    builder.call(builder.inttoptr(fork_join, function_type.as_pointer()), arguments)
 
 
 def cached(function: Callable[..., Any]) -> Any:
@@ -147,35 +192,56 @@ def cached(function: Callable[..., Any]) -> Any:
 
 
 @cached
-def _enter(fork_join: int, worker: int, parameters: Parameters, num_threads: int) -> None:
-    _call_worker(fork_join, worker, parameters.ctypes.data, num_threads)
+def enter(fork_join: int, prepare: int, body: int, parameters: Parameters, num_threads: int) -> None:
+    """prepare(parameters), then body(parameters) on `num_threads` threads, or on this one without a `fork_join`."""
+    address = parameters.ctypes.data
+    if prepare != 0:
+        call_function(prepare, address)
+    if fork_join != 0:
+        _fork(fork_join, body, address, num_threads)
+    else:
+        call_function(body, address)
 
 
 @functools.cache
-def _numba_fork_join() -> Callable[[int, Parameters, int], None]:
+def _numba_fork_join() -> Callable[[int, int, Parameters, int], None]:
     """Numba's own threads, for a torch without an OpenMP runtime that has GNU's entry point."""
 
     @numba.njit(parallel=True)
-    def enter_all(worker: int, parameters: Parameters, num_threads: int) -> None:
+    def enter_all(prepare: int, body: int, parameters: Parameters, num_threads: int) -> None:
         address = parameters.ctypes.data
+        if prepare != 0:
+            call_function(prepare, address)
         for _ in numba.prange(num_threads):
-            _call_worker(0, worker, address, 1)
+            call_function(body, address)
 
     return enter_all  # type: ignore[no-any-return]
 
 
 @functools.cache
-def _fork_join() -> int:
+def fork_join_address() -> int:
     """The address of GOMP_parallel in the OpenMP runtime that torch runs on; 0 if it has none.
 
     It is what GCC compiles `#pragma omp parallel` to, and LLVM's runtime has it too. Used on torch's runtime, the
     kernels run on torch's threads: one pool, and torch.set_num_threads holds for both.
     """
+    return _openmp_addresses()[0]
+
+
+def team_size_address() -> int:
+    """The address of omp_get_num_threads in the same runtime: how many threads have entered together."""
+    return _openmp_addresses()[1]
+
+
+@functools.cache
+def _openmp_addresses() -> tuple[int, int]:
     package = Path(torch.__file__).parent
     shipped = [*package.glob("lib/lib*omp*"), *package.parent.glob("torch.libs/lib*omp*")]
     already_loaded = getattr(os, "RTLD_NOLOAD", 0) | getattr(os, "RTLD_NOW", 0)
     for name in (*map(str, shipped), None):
         with contextlib.suppress(OSError, AttributeError, TypeError):
-            function = ctypes.CDLL(name, mode=already_loaded).GOMP_parallel
-            return ctypes.cast(function, ctypes.c_void_p).value or 0
-    return 0
+            library = ctypes.CDLL(name, mode=already_loaded)
+            functions = (library.GOMP_parallel, library.omp_get_num_threads)
+            fork_join, team_size = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
+            return fork_join, team_size
+    return 0, 0

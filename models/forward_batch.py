@@ -20,7 +20,7 @@ class ForwardBatch:
     block_tables: torch.Tensor  # [S, max_num_blocks] int32
     seq_lens: torch.Tensor  # [S] int32, tokens in the cache after this step's write
     query_start: torch.Tensor  # [S + 1] int32, cumulative query lengths; query_start[S] == T
-    logits_indices: torch.Tensor  # [R] int64, tokens whose logits are wanted
+    logits_indices: torch.Tensor | None  # [R] int64, tokens whose logits are wanted; None: all, in order
     num_decodes: int
     max_query_len: int  # over the sequences that are not decodes; 0 if there is none
     max_seq_len: int

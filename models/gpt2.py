@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from quire.models.config import ModelConfig
+from quire.kernels.kv_write import kv_write
+from quire.models.config import Activation, ModelConfig
 from quire.models.forward_batch import ForwardBatch
 from quire.models.layers.attention import KVCache, PagedAttention
-from quire.models.layers.embedding import Embedding, LogitsHead
-from quire.models.layers.linear import Linear
-from quire.models.layers.mlp import activation_function
+from quire.models.layers.embedding import load_embedding, load_embedding_and_head
+from quire.models.layers.linear import Linear, make_linear
 from quire.models.layers.norm import LayerNorm
 from quire.models.weights import Weights
 
@@ -25,15 +25,15 @@ class GPT2Layer:
         self._attention = PagedAttention(config, sliding_window=None)
         self._out = conv1d(weights, f"{name}.attn.c_proj", size, size)
         self._mlp_norm = LayerNorm(weights, f"{name}.ln_2", size, config.norm_eps)
-        self._up = conv1d(weights, f"{name}.mlp.c_fc", size, config.intermediate_size)
-        self._activation = activation_function(config.activation)
+        self._up = conv1d(weights, f"{name}.mlp.c_fc", size, config.intermediate_size, config.activation)
         self._down = conv1d(weights, f"{name}.mlp.c_proj", config.intermediate_size, size)
 
     def __call__(self, hidden: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
         heads = self._qkv(self._attention_norm(hidden)).unflatten(-1, (-1, self._head_dim))  # [T, 3 H, D]
         query, key, value = heads.chunk(3, dim=1)
-        hidden = hidden + self._out(self._attention(query, key, value, batch, cache))
-        return hidden + self._down(self._activation(self._up(self._mlp_norm(hidden))))
+        kv_write(key, value, *cache, batch.slot_mapping)
+        hidden = hidden + self._out(self._attention(query, batch, cache))
+        return hidden + self._down(self._up(self._mlp_norm(hidden)))
 
 
 class GPT2:
@@ -43,11 +43,13 @@ class GPT2:
         """All learned positions are loaded, whatever `num_positions` is."""
         self.config = config
         prefix = "transformer." if "transformer.wte.weight" in weights else ""  # openai-community/gpt2 has none
-        self._embedding = Embedding(weights, f"{prefix}wte", config.vocab_size, config.hidden_size)
-        self._positions = Embedding(weights, f"{prefix}wpe", config.max_position_embeddings, config.hidden_size)
+        self._embedding, self._head = load_embedding_and_head(
+            *(weights, f"{prefix}wte", "lm_head", config.vocab_size, config.hidden_size),
+            tied=config.tie_word_embeddings,
+        )
+        self._positions = load_embedding(weights, f"{prefix}wpe", config.max_position_embeddings, config.hidden_size)
         self._layers = [GPT2Layer(config, weights, f"{prefix}h.{index}") for index in range(config.num_layers)]
         self._norm = LayerNorm(weights, f"{prefix}ln_f", config.hidden_size, config.norm_eps)
-        self._head = LogitsHead(weights, "lm_head", self._embedding, tied=config.tie_word_embeddings)
         self.weight_bytes = weights.num_bytes
 
     def forward(self, batch: ForwardBatch, kv_caches: list[KVCache]) -> torch.Tensor:
@@ -55,13 +57,15 @@ class GPT2:
         hidden = self._embedding(batch.token_ids) + self._positions(batch.positions)
         for layer, cache in zip(self._layers, kv_caches, strict=True):
             hidden = layer(hidden, batch, cache)
-        return self._norm(hidden[batch.logits_indices])
+        return self._norm(hidden if batch.logits_indices is None else hidden[batch.logits_indices])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._head(hidden)
 
 
-def conv1d(weights: Weights, name: str, in_features: int, out_features: int) -> Linear:
+def conv1d(
+    weights: Weights, name: str, in_features: int, out_features: int, activation: Activation | None = None
+) -> Linear:
     """GPT-2's linear layers are stored as [in_features, out_features]."""
     weight = weights.transposed(f"{name}.weight", out_features, in_features)
-    return Linear(weight, weights.tensor(f"{name}.bias", out_features))
+    return make_linear(weight, weights.tensor(f"{name}.bias", out_features), activation=activation)

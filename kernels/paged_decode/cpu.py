@@ -12,7 +12,7 @@ from quire.kernels import cpu_attention as call
 from quire.kernels import cpu_vector as vector
 from quire.kernels.cpu_elements import float32_pointer, int32_pointer, int64_pointer, move, pointer_to, take
 from quire.kernels.cpu_lanes import LANES, padded
-from quire.kernels.cpu_workers import Parameters, Worker, cached
+from quire.kernels.cpu_workers import Worker, new_tensor, scratch
 
 _CHUNK = 128
 """Positions of one softmax, rounded down to whole blocks. The chunks of a sequence are always joined in the order of
@@ -50,46 +50,26 @@ def _chunks(seq_len: int, window: int, chunk_size: int) -> tuple[int, int]:
     return first, (seq_len - 1) // chunk_size + 1 - first
 
 
-@cached
-def _plan(given: Parameters, max_threads: int) -> Parameters:
-    """Divide the work into units, each a few chunks of one sequence and KV head, and lay out the memory for them."""
-    num_seqs, num_kv_heads, num_heads = given[call.NUM_SEQS], given[call.NUM_KV_HEADS], given[call.GROUP_SIZE]
-    block_size, head_dim, window = given[call.BLOCK_SIZE], given[call.HEAD_DIM], given[call.WINDOW]
-    seq_lens = int32_pointer(given[call.SEQ_LENS])
-    chunk_size = max(1, _CHUNK // block_size) * block_size
-    num_chunks = 0
-    num_positions = 0
-    for seq in range(num_seqs):
-        num_chunks += _chunks(seq_lens[seq], window, chunk_size)[1]
-        num_positions += min(seq_lens[seq], window)
-    num_threads = max_threads if 2 * num_positions * num_kv_heads * head_dim > _MIN_ELEMENTS else 1
-    chunks_per_unit = num_chunks if num_threads == 1 else num_chunks * num_kv_heads // (num_threads * _UNITS_PER_THREAD)
-    chunks_per_unit = max(1, chunks_per_unit)
+def _chunk_size(block_size: int) -> int:
+    return max(1, _CHUNK // block_size) * block_size
 
-    num_partials = 0
-    for seq in range(num_seqs):
-        _, num_chunks = _chunks(seq_lens[seq], window, chunk_size)
-        if num_chunks > chunks_per_unit:
-            num_partials += num_chunks * num_kv_heads
-    partial_size = _partial_size(num_heads, head_dim)
-    scratch_size = num_heads * (padded(head_dim) + padded(chunk_size)) + 2 * partial_size
-    scratch_size = -(-scratch_size // 16) * 8
-    num_fixed = -(-(NUM_FIELDS + 2 * num_seqs + 1 + num_seqs * num_kv_heads) // 8) * 8
-    array = np.empty(num_fixed + num_threads * scratch_size + -(-num_partials * partial_size // 2), np.int64)
 
-    address = array.ctypes.data
-    parameters = int64_pointer(address)
-    for field in range(call.NUM_COMMON):
-        parameters[field] = given[field]
-    parameters[NUM_THREADS] = num_threads
-    parameters[CHUNK_SIZE], parameters[CHUNKS_PER_UNIT] = chunk_size, chunks_per_unit
-    parameters[FIRST_UNITS] = address + 8 * NUM_FIELDS
-    parameters[FIRST_PARTIALS] = parameters[FIRST_UNITS] + 8 * (num_seqs + 1)
-    parameters[FINISHED] = parameters[FIRST_PARTIALS] + 8 * num_seqs
-    parameters[SCRATCH], parameters[SCRATCH_SIZE] = address + 8 * num_fixed, scratch_size
-    parameters[PARTIALS] = parameters[SCRATCH] + 8 * num_threads * scratch_size
+def _prepare(shared: Any) -> None:
+    """Divide the work into units, each a few chunks of one sequence and KV head."""
+    parameters = int64_pointer(shared)
+    num_seqs, num_kv_heads, window = parameters[call.NUM_SEQS], parameters[call.NUM_KV_HEADS], parameters[call.WINDOW]
+    num_threads, chunk_size = parameters[NUM_THREADS], parameters[CHUNK_SIZE]
+    seq_lens = int32_pointer(parameters[call.SEQ_LENS])
     first_units, first_partials = int64_pointer(parameters[FIRST_UNITS]), int64_pointer(parameters[FIRST_PARTIALS])
     finished = int64_pointer(parameters[FINISHED])
+    num_chunks = 0
+    for seq in range(num_seqs):
+        num_chunks += _chunks(seq_lens[seq], window, chunk_size)[1]
+    if num_threads > 1:
+        num_chunks = num_chunks * num_kv_heads // (num_threads * _UNITS_PER_THREAD)
+    chunks_per_unit = max(1, num_chunks)
+    parameters[CHUNKS_PER_UNIT] = chunks_per_unit
+    parameters[call.THREAD] = 0
     first_units[0] = num_partials = 0
     for seq in range(num_seqs):
         _, num_chunks = _chunks(seq_lens[seq], window, chunk_size)
@@ -99,7 +79,6 @@ def _plan(given: Parameters, max_threads: int) -> Parameters:
             num_partials += num_chunks * num_kv_heads
         for kv_head in range(num_kv_heads):
             finished[seq * num_kv_heads + kv_head] = 0
-    return array
 
 
 @numba.njit
@@ -224,7 +203,7 @@ def _attend(shared: Any) -> None:
             unit = take(parameters)
 
 
-WORKER = Worker(_attend)
+WORKER = Worker(_attend, _prepare)
 
 
 def paged_decode(
@@ -237,10 +216,29 @@ def paged_decode(
     sliding_window: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    out = torch.empty_like(query) if out is None else out
-    if query.shape[0] == 0:
+    num_seqs, num_heads, head_dim = query.shape
+    out = new_tensor(tuple(query.shape), query.dtype) if out is None else out
+    if num_seqs == 0:
         return out
-    given = call.describe(query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out)
-    parameters = _plan(given, torch.get_num_threads())
-    WORKER.run(query.dtype, parameters, int(parameters[NUM_THREADS]))
+    _, num_kv_heads, block_size, _ = k_cache.shape
+    max_num_positions = block_tables.shape[1] * block_size
+    is_small = 2 * num_seqs * max_num_positions * num_kv_heads * head_dim <= _MIN_ELEMENTS
+    num_threads = 1 if is_small else torch.get_num_threads()
+    chunk_size = _chunk_size(block_size)
+    group_size = num_heads // num_kv_heads
+    partial_size = _partial_size(group_size, head_dim)
+    scratch_size = group_size * (padded(head_dim) + padded(chunk_size)) + 2 * partial_size
+    scratch_size = -(-scratch_size // 16) * 8
+    max_num_partials = num_seqs * num_kv_heads * -(-max_num_positions // chunk_size)
+    memory = scratch(8 * num_threads * scratch_size + 4 * max_num_partials * partial_size)
+
+    parameters = np.empty(NUM_FIELDS + 2 * num_seqs + 1 + num_seqs * num_kv_heads, np.int64)
+    first_units = parameters.ctypes.data + 8 * NUM_FIELDS
+    first_partials = first_units + 8 * (num_seqs + 1)
+    parameters[:NUM_FIELDS] = [
+        *call.describe(query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out),
+        *(num_threads, chunk_size, 0, first_units, first_partials, first_partials + 8 * num_seqs),
+        *(memory + 8 * num_threads * scratch_size, memory, scratch_size),
+    ]
+    WORKER.run(query.dtype, parameters, num_threads)
     return out

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from quire.kernels.cpu_elements import float64_pointer, int64_pointer, move, pointer_to, read, take, write
-from quire.kernels.cpu_workers import Worker, row_threads
+from quire.kernels.cpu_workers import Worker, new_tensor, row_threads
 
 _ROWS_PER_UNIT = 8
 
@@ -67,7 +67,7 @@ WORKER = Worker(_normalise)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> torch.Tensor:
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = new_tensor(tuple(x.shape), x.dtype)
     dim = x.shape[-1]
     if x.dim() == 3:
         num_heads, head_stride = x.shape[1], x.stride(1)

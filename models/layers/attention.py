@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from quire.kernels.kv_write import kv_write
 from quire.kernels.paged_decode import paged_decode
 from quire.kernels.paged_prefill import paged_prefill
-from quire.kernels.rope import rope
+from quire.kernels.rope_kv_write import rope_kv_write
 from quire.models.config import ModelConfig
 from quire.models.forward_batch import ForwardBatch
 from quire.models.layers.linear import fused_linear, linear
-from quire.models.layers.norm import RMSNorm
 from quire.models.weights import Weights
 
 KVCache = tuple[torch.Tensor, torch.Tensor]
@@ -19,42 +17,38 @@ KVCache = tuple[torch.Tensor, torch.Tensor]
 
 
 class PagedAttention:
-    """Writes the step's keys and values into their slots, then lets every query see its own sequence up to itself."""
+    """Lets every query of a step see its own sequence up to itself; the step's keys and values are in their pages."""
 
     def __init__(self, config: ModelConfig, sliding_window: int | None) -> None:
         self._scale = config.head_dim**-0.5
         self._sliding_window = sliding_window
 
-    def __call__(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: ForwardBatch, cache: KVCache
-    ) -> torch.Tensor:
-        """From query [T, Hq, D], key and value [T, Hk, D] to [T, Hq * D]."""
-        kv_write(key, value, *cache, batch.slot_mapping)
-        out = query.new_empty(query.shape)
+    def __call__(self, query: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
+        """From query [T, Hq, D] to [T, Hq * D]."""
         num_decodes = batch.num_decodes  # each of one token: rows of `query` and of the block tables alike
+        if num_decodes == len(query):
+            return self._decode(query, batch, cache, None).flatten(1)
+        out = query.new_empty(query.shape)
         if num_decodes:
-            paged_decode(
-                query[:num_decodes],
-                *cache,
-                batch.block_tables[:num_decodes],
-                batch.seq_lens[:num_decodes],
-                self._scale,
-                self._sliding_window,
-                out[:num_decodes],
-            )
-        if num_decodes < len(batch.seq_lens):
-            paged_prefill(
-                query[num_decodes:],
-                *cache,
-                batch.block_tables[num_decodes:],
-                batch.seq_lens[num_decodes:],
-                batch.query_start[num_decodes:] - num_decodes,
-                self._scale,
-                batch.max_query_len,
-                self._sliding_window,
-                out[num_decodes:],
-            )
+            self._decode(query[:num_decodes], batch, cache, out[:num_decodes])
+        paged_prefill(
+            query[num_decodes:],
+            *cache,
+            batch.block_tables[num_decodes:],
+            batch.seq_lens[num_decodes:],
+            batch.query_start[num_decodes:] - num_decodes,
+            self._scale,
+            batch.max_query_len,
+            self._sliding_window,
+            out[num_decodes:],
+        )
         return out.flatten(1)
+
+    def _decode(
+        self, query: torch.Tensor, batch: ForwardBatch, cache: KVCache, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        tables, seq_lens = batch.block_tables[: len(query)], batch.seq_lens[: len(query)]
+        return paged_decode(query, *cache, tables, seq_lens, self._scale, self._sliding_window, out)
 
 
 class RotaryAttention:
@@ -83,15 +77,20 @@ class RotaryAttention:
         rows = {f"{name}.{part}_proj": num * dim for part, num in zip("qkv", self._heads, strict=True)}
         self._qkv = fused_linear(weights, rows, config.hidden_size, bias=qkv_bias)
         self._out = linear(weights, f"{name}.o_proj", config.num_heads * dim, config.hidden_size, bias=out_bias)
-        self._query_norm = RMSNorm(weights, f"{name}.q_norm", dim, config.norm_eps) if qk_norm else None
-        self._key_norm = RMSNorm(weights, f"{name}.k_norm", dim, config.norm_eps) if qk_norm else None
+        self._norms = (
+            (weights.tensor(f"{name}.q_norm.weight", dim), weights.tensor(f"{name}.k_norm.weight", dim))
+            if qk_norm
+            else (None, None)
+        )
+        self._norm_eps = config.norm_eps
         self._cos_sin = cos_sin
         self._attention = PagedAttention(config, sliding_window)
 
     def __call__(self, hidden: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
         heads = self._qkv(hidden).unflatten(-1, (-1, self._head_dim))  # [T, Hq + 2 Hk, D]
         query, key, value = heads.split(self._heads, dim=1)
-        if self._query_norm is not None and self._key_norm is not None:
-            query, key = self._query_norm(query), self._key_norm(key)
-        rope(query, key, batch.positions, self._cos_sin)
-        return self._out(self._attention(query, key, value, batch, cache))
+        rope_kv_write(
+            *(query, key, value, batch.positions, self._cos_sin),
+            *(*cache, batch.slot_mapping, *self._norms, self._norm_eps),
+        )
+        return self._out(self._attention(query, batch, cache))

@@ -9,7 +9,7 @@ import torch
 from quire.models.config import ModelConfig
 from quire.models.forward_batch import ForwardBatch
 from quire.models.layers.attention import KVCache, RotaryAttention
-from quire.models.layers.embedding import Embedding, LogitsHead
+from quire.models.layers.embedding import load_embedding_and_head
 from quire.models.layers.mlp import GatedMLP
 from quire.models.layers.norm import RMSNorm
 from quire.models.weights import Weights
@@ -27,11 +27,16 @@ class DecoderLayer:
         self._mlp = mlp
 
     def __call__(
-        self, hidden: torch.Tensor, residual: torch.Tensor, batch: ForwardBatch, cache: KVCache
-    ) -> torch.Tensor:
-        """What the MLP makes, not yet added to `residual`, which is changed IN PLACE; all [T, hidden_size]."""
-        hidden = self._attention(self._attention_norm(hidden, residual), batch, cache)
-        return self._mlp(self._mlp_norm(hidden, residual))
+        self, hidden: torch.Tensor, residual: torch.Tensor | None, batch: ForwardBatch, cache: KVCache
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the MLP makes, and the residual stream [T, hidden_size] that it is still to be added to.
+
+        `residual` is changed IN PLACE; None before the first layer, whose `hidden` becomes it.
+        """
+        normed = self._attention_norm(hidden, residual)
+        residual = hidden if residual is None else residual
+        hidden = self._attention(normed, batch, cache)
+        return self._mlp(self._mlp_norm(hidden, residual)), residual
 
 
 class Decoder:
@@ -50,10 +55,12 @@ class Decoder:
         attention: Callable[[int, str], RotaryAttention],
     ) -> None:
         self.config = config
-        self._embedding = Embedding(weights, "model.embed_tokens", config.vocab_size, config.hidden_size)
+        self._embedding, self._head = load_embedding_and_head(
+            *(weights, "model.embed_tokens", "lm_head", config.vocab_size, config.hidden_size),
+            tied=config.tie_word_embeddings,
+        )
         self._layers = [self._layer(index, weights, attention) for index in range(config.num_layers)]
         self._norm = RMSNorm(weights, "model.norm", config.hidden_size, config.norm_eps)
-        self._head = LogitsHead(weights, "lm_head", self._embedding, tied=config.tie_word_embeddings)
         self.weight_bytes = weights.num_bytes + cos_sin.nbytes
 
     def _layer(self, index: int, weights: Weights, attention: Callable[[int, str], RotaryAttention]) -> DecoderLayer:
@@ -63,11 +70,12 @@ class Decoder:
 
     def forward(self, batch: ForwardBatch, kv_caches: list[KVCache]) -> torch.Tensor:
         """Final hidden states [R, H] of the tokens `batch.logits_indices`; K and V of all go into the caches."""
-        hidden = self._embedding(batch.token_ids)
-        residual = torch.zeros_like(hidden)
+        hidden, residual = self._embedding(batch.token_ids), None
         for layer, cache in zip(self._layers, kv_caches, strict=True):
-            hidden = layer(hidden, residual, batch, cache)
-        return self._norm(hidden[batch.logits_indices], residual[batch.logits_indices])
+            hidden, residual = layer(hidden, residual, batch, cache)
+        if batch.logits_indices is not None and residual is not None:
+            hidden, residual = hidden[batch.logits_indices], residual[batch.logits_indices]
+        return self._norm(hidden, residual)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._head(hidden)

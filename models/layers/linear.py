@@ -1,28 +1,96 @@
-"""Linear layers; the one place where packed weights can take the place of plain ones."""
+"""Linear layers. On a CPU their weights are packed as they are loaded; the plain ones are not kept."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
+from quire.kernels import linear as packed
+from quire.kernels.linear import Activation
 from quire.models.weights import Weights
 
 
-class Linear:
-    """`x @ weight.T + bias` over the last dimension; weight [out_features, in_features]."""
+class Linear(Protocol):
+    """`f(x @ weight.T + bias)` over [T, in_features], or `f(gate) * up` of its halves if the weight is gated."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    def __call__(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor: ...
+
+
+class TorchLinear:
+    """As torch has it; on a GPU that is the vendor's library."""
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, activation: Activation | None, *, gated: bool
+    ) -> None:
         self._weight = weight
         self._bias = bias
+        self._activation = activation
+        self._gated = gated
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self._weight, self._bias)
+    def __call__(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        out = F.linear(x, self._weight, self._bias)
+        if self._gated:
+            gate, up = out.chunk(2, dim=-1)
+            out = activate(gate, self._activation) * up
+        else:
+            out = activate(out, self._activation)
+        return out if out_dtype is None else out.to(out_dtype)
 
 
-def fused_linear(weights: Weights, rows: dict[str, int], in_features: int, *, bias: bool) -> Linear:
+class PackedLinear:
+    """On a CPU, by our own kernel."""
+
+    def __init__(self, weight: packed.PackedWeight, bias: torch.Tensor | None, activation: Activation | None) -> None:
+        self._weight = weight
+        self._bias = None if bias is None else packed.pack_bias(bias, gated=weight.gated)
+        self._activation = activation
+
+    def __call__(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        return packed.linear(x, self._weight, self._bias, activation=self._activation, out_dtype=out_dtype)
+
+
+def activate(x: torch.Tensor, activation: Activation | None) -> torch.Tensor:
+    match activation:
+        case None:
+            return x
+        case "silu":
+            return F.silu(x)
+        case "gelu":
+            return F.gelu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        case "relu":
+            return F.relu(x)
+
+
+def make_linear(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    activation: Activation | None = None,
+    gated: bool = False,
+) -> Linear:
+    """The layer for the device that `weight` [out_features, in_features] is on; gated: the gate's rows come first."""
+    if weight.device.type == "cpu":
+        return PackedLinear(packed.pack(weight, gated=gated), bias, activation)
+    return TorchLinear(weight, bias, activation, gated=gated)
+
+
+def fused_linear(
+    weights: Weights,
+    rows: dict[str, int],
+    in_features: int,
+    *,
+    bias: bool,
+    activation: Activation | None = None,
+    gated: bool = False,
+) -> Linear:
     """Several projections of one input as one: their outputs side by side, in the order of `rows` (name: features)."""
     weight = weights.stacked({f"{name}.weight": num for name, num in rows.items()}, in_features)
-    return Linear(weight, weights.stacked({f"{name}.bias": num for name, num in rows.items()}) if bias else None)
+    bias_vector = weights.stacked({f"{name}.bias": num for name, num in rows.items()}) if bias else None
+    return make_linear(weight, bias_vector, activation=activation, gated=gated)
 
 
 def linear(weights: Weights, name: str, in_features: int, out_features: int, *, bias: bool) -> Linear:

@@ -37,7 +37,8 @@ def check(batch: ScheduledBatch, inputs: ForwardBatch) -> None:
     assert inputs.slot_mapping.tolist() == expected["slots"]
     assert inputs.seq_lens.tolist() == expected["seq_lens"]
     assert inputs.query_start.tolist() == expected["query_start"]
-    assert inputs.logits_indices.tolist() == [expected["query_start"][index + 1] - 1 for index in batch.sampling]
+    wanted = list(range(len(inputs.token_ids))) if inputs.logits_indices is None else inputs.logits_indices.tolist()
+    assert wanted == [expected["query_start"][index + 1] - 1 for index in batch.sampling]
     assert inputs.max_seq_len == max(expected["seq_lens"])
     for row, sequence in enumerate(batch.sequences):
         used = -(-expected["seq_lens"][row] // BLOCK_SIZE)

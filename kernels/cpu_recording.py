@@ -1,0 +1,267 @@
+"""A sequence of CPU kernels, recorded once and replayed as one: what CUDA graphs are on a GPU.
+
+A decode step is a hundred small kernels. Called one by one, each costs a walk through Python and a fork and a join of
+the threads, as much as it computes. Recorded, the threads enter once, and pass from one kernel to the next through a
+barrier of their own.
+
+A recording owns what its kernels write, as a CUDA graph has its private pool: memory is given back within the recording
+when a tensor is gone, never outside. What kernels read at replay are the very tensors that were there when it was made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import math
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import torch
+from llvmlite import ir
+from numba import types
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from quire.kernels import cpu_lanes as lanes
+from quire.kernels.cpu_elements import (
+    I32,
+    I64,
+    Builder,
+    Kinds,
+    Value,
+    architecture,
+    emitted,
+    int64_pointer,
+    move,
+    nothing,
+    take,
+)
+from quire.kernels.cpu_workers import (
+    RECORDING,
+    Parameters,
+    call_function,
+    compiled_function,
+    enter,
+    fork_join_address,
+    team_size_address,
+)
+
+_ALIGNMENT = 64
+_CHUNK_BYTES = 2**20
+_SPINS = 4096  # pauses, some 50 microseconds, before a waiting thread offers its core to others at each turn
+
+# A replay's parameters: their places in the int64 array that its threads share.
+(
+    _ARRIVED,  # threads that have left a kernel, counted on through all kernels
+    _RELEASED,  # kernels that all threads have left
+    _NUM_KERNELS,
+    _KERNELS,  # [num_kernels, 3] addresses: prepare, body, parameters
+    _TEAM_SIZE,  # omp_get_num_threads, or 0: a single thread replays
+    _YIELD,  # sched_yield, or 0
+) = range(6)
+
+
+class NotRecordableError(Exception):
+    """Something other than our kernels computes here, so that a replay would leave it out."""
+
+
+class Arena:
+    """Memory of recordings that are never replayed at the same time. Each begins with all of it free."""
+
+    def __init__(self) -> None:
+        self._chunks: list[npt.NDArray[np.uint8]] = []
+        self._scratch: list[npt.NDArray[np.uint8]] = []
+
+    def chunk(self, index: int, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """The index-th chunk of memory, of at least `num_bytes` unless it was made before."""
+        if index == len(self._chunks):
+            self._chunks.append(_aligned(max(num_bytes, _CHUNK_BYTES)))
+        return self._chunks[index]
+
+    def scratch(self, num_bytes: int) -> int:
+        """Memory that any kernel may use while it runs. Recordings made before keep what they were given."""
+        if not self._scratch or len(self._scratch[-1]) < num_bytes:
+            self._scratch.append(_aligned(num_bytes))
+        return int(self._scratch[-1].ctypes.data)
+
+
+def _aligned(num_bytes: int) -> npt.NDArray[np.uint8]:
+    memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + num_bytes]
+
+
+class Recording:
+    """Kernels in the order in which they were asked for; made by `record`."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._kernels: list[tuple[int, int, int]] = []
+        self._names: list[str] = []
+        self._kept: list[Parameters] = []
+        self._free: dict[int, list[npt.NDArray[np.uint8]]] = defaultdict(list)
+        self._chunk_index = 0
+        self._chunk_used = 0
+        self._parameters: Parameters = np.zeros(0, np.int64)
+
+    def add(self, name: str, prepare: int, body: int, parameters: Parameters) -> None:
+        self._names.append(name)
+        self._kernels.append((prepare, body, parameters.ctypes.data))
+        self._kept.append(parameters)
+
+    def new_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Uninitialised; its memory serves another tensor of the recording once nothing refers to it any more."""
+        num_bytes = max(1, math.prod(shape) * dtype.itemsize)
+        size = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        memory = self._free[size].pop() if self._free[size] else self._allocate(size)
+        lease = memory[:num_bytes]  # torch holds on to this very array as long as there is a view of the tensor
+        weakref.finalize(lease, self._free[size].append, memory).atexit = False
+        return torch.from_numpy(lease).view(dtype).view(shape)
+
+    def _allocate(self, size: int) -> npt.NDArray[np.uint8]:
+        chunk = self._arena.chunk(self._chunk_index, size)
+        while self._chunk_used + size > len(chunk):
+            self._chunk_index, self._chunk_used = self._chunk_index + 1, 0
+            chunk = self._arena.chunk(self._chunk_index, size)
+        memory = chunk[self._chunk_used : self._chunk_used + size]
+        self._chunk_used += size
+        return memory
+
+    def scratch(self, num_bytes: int) -> int:
+        return self._arena.scratch(num_bytes)
+
+    def finish(self) -> None:
+        kernels = np.array(self._kernels, np.int64)
+        self._kept.append(kernels)
+        fields = [0, 0, len(kernels), kernels.ctypes.data, team_size_address(), _yield_address()]
+        self._parameters = np.array(fields, np.int64)
+
+    def replay(self, num_threads: int) -> None:
+        """Run all kernels on `num_threads` threads, and return when they are done."""
+        prepare, body = _compiled()
+        fork_join = fork_join_address() if num_threads > 1 else 0
+        if not fork_join:
+            self._parameters[_TEAM_SIZE] = 0
+        enter(fork_join, prepare, body, self._parameters, num_threads)
+
+    def profile(self, num_threads: int) -> list[tuple[str, float]]:
+        """Replay kernel by kernel; the name of each and the seconds it took, with a fork and a join of its own."""
+        fork_join = fork_join_address() if num_threads > 1 else 0
+        times = []
+        for name, (prepare, body, _), parameters in zip(self._names, self._kernels, self._kept, strict=False):
+            start = time.perf_counter()
+            parameters[0] = 0
+            enter(fork_join, prepare, body, parameters, num_threads)
+            times.append((name, time.perf_counter() - start))
+        return times
+
+
+class _OnlyViews(TorchDispatchMode):
+    """Lets through what makes views; whatever else torch is asked for would be missing in a replay."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = func._schema.returns
+        if not all(value.alias_info is not None and not value.alias_info.is_write for value in returned):
+            raise NotRecordableError(f"{func} is no kernel that can be recorded")
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def record(arena: Arena) -> Iterator[Recording]:
+    """Within, kernels of this thread are recorded instead of run.
+
+    Raises:
+        NotRecordableError: torch was asked to compute something itself.
+    """
+    recording = Recording(arena)
+    RECORDING.recorder = recording
+    try:
+        with _OnlyViews():  # type: ignore[no-untyped-call]
+            yield recording
+    finally:
+        RECORDING.recorder = None
+    recording.finish()
+
+
+@emitted(lambda pointer: types.int64)
+def _acquire(builder: Builder, kinds: Kinds, pointer: Value) -> Value:
+    """The int64 at `pointer`, and with it all that was written before it was released."""
+    return builder.load_atomic(pointer, ordering="acquire", align=8)
+
+
+@emitted(nothing)
+def _release(builder: Builder, kinds: Kinds, pointer: Value, value: Value) -> None:
+    builder.store_atomic(value, pointer, ordering="release", align=8)
+
+
+@emitted(nothing)
+def _pause(builder: Builder, kinds: Kinds) -> None:
+    """Tell the processor that this thread only waits."""
+    if architecture() == "x86_64":
+        lanes.call(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
+    elif architecture() in ("aarch64", "arm64"):
+        lanes.call(builder, "llvm.aarch64.hint", ir.VoidType(), [ir.Constant(I32, 1)])
+
+
+@emitted(lambda function: types.int64)
+def _call_for_number(builder: Builder, kinds: Kinds, function: Value) -> Value:
+    """function(), an int."""
+    function_type = ir.FunctionType(I32, [])
+    return builder.sext(builder.call(builder.inttoptr(function, function_type.as_pointer()), []), I64)
+
+
+@numba.njit
+def _prepare_kernel(parameters, index):  # type: ignore[no-untyped-def]
+    kernel = move(int64_pointer(parameters[_KERNELS]), 3 * index)
+    int64_pointer(kernel[2])[0] = 0
+    if kernel[0] != 0:
+        call_function(kernel[0], kernel[2])
+
+
+def _prepare(shared: Any) -> None:
+    parameters = int64_pointer(shared)
+    parameters[_ARRIVED] = parameters[_RELEASED] = 0
+    _prepare_kernel(parameters, 0)
+
+
+def _replay(shared: Any) -> None:
+    parameters = int64_pointer(shared)
+    num_threads = _call_for_number(parameters[_TEAM_SIZE]) if parameters[_TEAM_SIZE] != 0 else 1
+    kernels = int64_pointer(parameters[_KERNELS])
+    for index in range(parameters[_NUM_KERNELS]):
+        call_function(kernels[3 * index + 1], kernels[3 * index + 2])
+        # The last to leave a kernel makes the next one ready and lets the others go on.
+        if take(move(parameters, _ARRIVED)) == num_threads * (index + 1) - 1:
+            if index + 1 < parameters[_NUM_KERNELS]:
+                _prepare_kernel(parameters, index + 1)
+            _release(move(parameters, _RELEASED), index + 1)
+        else:
+            num_spins = 0
+            while _acquire(move(parameters, _RELEASED)) <= index:
+                _pause()
+                num_spins += 1
+                if num_spins > _SPINS and parameters[_YIELD] != 0:
+                    _call_for_number(parameters[_YIELD])
+
+
+def _yield_address() -> int:
+    with contextlib.suppress(OSError, AttributeError):
+        return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
+    return 0
+
+
+@functools.cache
+def _compiled() -> tuple[int, int]:
+    prepare, replay = compiled_function(_prepare, torch.float32), compiled_function(_replay, torch.float32)
+    _FUNCTIONS.extend((prepare, replay))
+    return prepare.address, replay.address
+
+
+_FUNCTIONS: list[Any] = []
+"""Compiled code lives as long as these."""

@@ -1,0 +1,142 @@
+"""Linear layers on the CPU: threads take panels of packed weights, and blocks of rows, one after another."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from quire.kernels.cpu_activation import CODES, NO_ACTIVATION, activate, add_row, multiply_row
+from quire.kernels.cpu_elements import float32_pointer, int64_pointer, move, pointer_to, take, write
+from quire.kernels.cpu_matrix import MAX_ROWS, PANEL, multiply_panel, new_tile
+from quire.kernels.cpu_workers import Worker, new_tensor
+
+if TYPE_CHECKING:
+    from quire.kernels.linear import Activation, PackedWeight
+
+_ROWS_PER_UNIT = 16 * MAX_ROWS
+_MIN_PRODUCTS = 65536  # multiplications that are worth a second thread
+
+# A call's parameters: their places in the int64 array that its threads share. Strides are in elements.
+(
+    TICKET,  # the next unit of work
+    X,
+    X_STRIDE,
+    WEIGHT,
+    BIAS,  # 0 if there is none
+    OUT,
+    OUT_IS_FLOAT32,
+    NUM_ROWS,
+    IN_FEATURES,
+    OUT_FEATURES,
+    NUM_PANELS,
+    PANEL_STRIDE,
+    ACTIVATION,
+    GATED,
+) = range(14)
+
+
+def _multiply(shared: Any) -> None:
+    parameters = int64_pointer(shared)
+    num_rows, depth, gated = parameters[NUM_ROWS], parameters[IN_FEATURES], parameters[GATED]
+    x_stride, out_features, activation = parameters[X_STRIDE], parameters[OUT_FEATURES], parameters[ACTIVATION]
+    x, weight = pointer_to(parameters[X], shared), pointer_to(parameters[WEIGHT], shared)
+    features_per_panel = PANEL // 2 if gated else PANEL
+    tile = new_tile()
+    num_blocks = -(-num_rows // _ROWS_PER_UNIT)
+    num_units = parameters[NUM_PANELS] * num_blocks
+    unit = take(parameters)
+    while unit < num_units:
+        panel, block = divmod(unit, num_blocks)
+        first_feature = panel * features_per_panel
+        width = min(features_per_panel, out_features - first_feature)
+        row, end = block * _ROWS_PER_UNIT, min((block + 1) * _ROWS_PER_UNIT, num_rows)
+        num_passes = -(-(end - row) // MAX_ROWS)
+        panel_weight = move(weight, panel * parameters[PANEL_STRIDE])
+        while row < end:
+            count = -(-(end - row) // num_passes)  # as even as can be
+            multiply_panel(move(x, row * x_stride), x_stride, count, panel_weight, depth, tile)
+            for i in range(count):
+                line = move(tile, i * PANEL)
+                if parameters[BIAS] != 0:
+                    add_row(line, move(float32_pointer(parameters[BIAS]), panel * PANEL), PANEL)
+                if activation != NO_ACTIVATION:
+                    activate(line, features_per_panel, activation)
+                if gated:
+                    multiply_row(line, move(line, PANEL // 2), PANEL // 2)
+                offset = (row + i) * out_features + first_feature
+                if parameters[OUT_IS_FLOAT32]:
+                    out32 = move(float32_pointer(parameters[OUT]), offset)
+                    for j in range(width):
+                        out32[j] = line[j]
+                else:
+                    out = move(pointer_to(parameters[OUT], shared), offset)
+                    for j in range(width):
+                        write(out, j, line[j])
+            row += count
+            num_passes -= 1
+        unit = take(parameters)
+
+
+WORKER = Worker(_multiply)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    activation: Activation | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    num_rows, depth = x.shape
+    out = new_tensor((num_rows, weight.out_features), out_dtype)
+    num_panels = weight.data.shape[0]
+    parameters = np.array(
+        [
+            *(0, x.data_ptr(), x.stride(0), weight.data.data_ptr(), 0 if bias is None else bias.data_ptr()),
+            *(out.data_ptr(), out_dtype == torch.float32 != x.dtype, num_rows, depth, weight.out_features, num_panels),
+            *(weight.data.stride(0), NO_ACTIVATION if activation is None else CODES[activation], weight.gated),
+        ],
+        np.int64,
+    )
+    is_small = num_rows * num_panels * PANEL * depth < _MIN_PRODUCTS
+    WORKER.run(x.dtype, parameters, 1 if is_small else torch.get_num_threads())
+    return out
+
+
+# Of `embedding`.
+_TOKENS, _TABLE, _ROWS, _NUM_TOKENS, _DEPTH, _STRIDE, _PAIRED = range(1, 8)
+
+
+def _embed(shared: Any) -> None:
+    parameters = int64_pointer(shared)
+    tokens, depth = int64_pointer(parameters[_TOKENS]), parameters[_DEPTH]
+    table, rows = pointer_to(parameters[_TABLE], shared), pointer_to(parameters[_ROWS], shared)
+    token = take(parameters)
+    while token < parameters[_NUM_TOKENS]:
+        panel, column = divmod(tokens[token], PANEL)
+        source, target = move(table, panel * parameters[_STRIDE]), move(rows, token * depth)
+        if parameters[_PAIRED]:
+            for i in range(depth):
+                target[i] = source[(i // 2 * PANEL + column) * 2 + i % 2]
+        else:
+            for i in range(depth):
+                target[i] = source[i * PANEL + column]
+        token = take(parameters)
+
+
+EMBEDDING_WORKER = Worker(_embed)
+
+
+def embedding(indices: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    out = new_tensor((len(indices), weight.in_features), weight.dtype)
+    parameters = np.array(
+        [
+            *(0, indices.data_ptr(), weight.data.data_ptr(), out.data_ptr()),
+            *(len(indices), weight.in_features, weight.data.stride(0), weight.dtype == torch.bfloat16),
+        ],
+        np.int64,
+    )
+    EMBEDDING_WORKER.run(weight.dtype, parameters, torch.get_num_threads() if len(indices) > 8 else 1)
+    return out

@@ -1,0 +1,154 @@
+"""Norm, rotation and the write into the pages on the CPU, token by token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+
+from quire.kernels.cpu_elements import (
+    float32_pointer,
+    float64_pointer,
+    int64_pointer,
+    move,
+    pointer_to,
+    read,
+    take,
+    write,
+)
+from quire.kernels.cpu_workers import Worker, row_threads
+
+# A call's parameters: their places in the int64 array that its threads share. Strides are in elements.
+(
+    TICKET,  # the next token
+    QUERY,
+    QUERY_STRIDE,
+    QUERY_HEAD_STRIDE,
+    NUM_HEADS,
+    KEY,
+    KEY_STRIDE,
+    KEY_HEAD_STRIDE,
+    NUM_KV_HEADS,
+    VALUE,
+    VALUE_STRIDE,
+    VALUE_HEAD_STRIDE,
+    POSITIONS,
+    COS_SIN,
+    ROTARY_DIM,
+    K_CACHE,
+    V_CACHE,
+    BLOCK_STRIDE,
+    HEAD_STRIDE,
+    SLOTS,
+    BLOCK_SIZE,
+    HEAD_DIM,
+    NUM_TOKENS,
+    QUERY_NORM,  # 0 if there is none, like KEY_NORM
+    KEY_NORM,
+    EPSILON,  # as float64
+) = range(26)
+
+
+@numba.njit(fastmath={"reassoc", "contract", "nsz"})
+def _sum_of_squares(row, dim):  # type: ignore[no-untyped-def]
+    total = np.float32(0.0)
+    for i in range(dim):
+        value = read(row, i)
+        total += value * value
+    return total
+
+
+@numba.njit
+def _rotate(source, target, cos, sin, rotary_dim, head_dim):  # type: ignore[no-untyped-def]
+    half = rotary_dim // 2
+    for i in range(half):
+        x, y = read(source, i), read(source, half + i)
+        write(target, i, x * cos[i] - y * sin[i])
+        write(target, half + i, y * cos[i] + x * sin[i])
+    for i in range(rotary_dim, head_dim):
+        target[i] = source[i]
+
+
+@numba.njit
+def _rotate_normalised(source, target, cos, sin, rotary_dim, head_dim, weight, epsilon):  # type: ignore[no-untyped-def]
+    half = rotary_dim // 2
+    factor = np.float32(1.0) / np.sqrt(_sum_of_squares(source, head_dim) / np.float32(head_dim) + epsilon)
+    for i in range(half):
+        x = read(source, i) * factor * read(weight, i)
+        y = read(source, half + i) * factor * read(weight, half + i)
+        write(target, i, x * cos[i] - y * sin[i])
+        write(target, half + i, y * cos[i] + x * sin[i])
+    for i in range(rotary_dim, head_dim):
+        write(target, i, read(source, i) * factor * read(weight, i))
+
+
+def _write_tokens(shared: Any) -> None:
+    parameters = int64_pointer(shared)
+    head_dim, rotary_dim, block_size = parameters[HEAD_DIM], parameters[ROTARY_DIM], parameters[BLOCK_SIZE]
+    positions, slots = int64_pointer(parameters[POSITIONS]), int64_pointer(parameters[SLOTS])
+    epsilon, normalises = np.float32(float64_pointer(shared)[EPSILON]), parameters[QUERY_NORM] != 0
+    query_norm = pointer_to(parameters[QUERY_NORM], shared)
+    key_norm = pointer_to(parameters[KEY_NORM], shared)
+    token = take(parameters)
+    while token < parameters[NUM_TOKENS]:
+        cos = move(float32_pointer(parameters[COS_SIN]), positions[token] * rotary_dim)
+        sin = move(cos, rotary_dim // 2)
+        query = move(pointer_to(parameters[QUERY], shared), token * parameters[QUERY_STRIDE])
+        for head in range(parameters[NUM_HEADS]):
+            row = move(query, head * parameters[QUERY_HEAD_STRIDE])
+            if normalises:
+                _rotate_normalised(row, row, cos, sin, rotary_dim, head_dim, query_norm, epsilon)
+            else:
+                _rotate(row, row, cos, sin, rotary_dim, head_dim)
+        block, offset = divmod(slots[token], block_size)
+        slot = block * parameters[BLOCK_STRIDE] + offset * head_dim
+        key = move(pointer_to(parameters[KEY], shared), token * parameters[KEY_STRIDE])
+        value = move(pointer_to(parameters[VALUE], shared), token * parameters[VALUE_STRIDE])
+        for head in range(parameters[NUM_KV_HEADS]):
+            target = slot + head * parameters[HEAD_STRIDE]
+            row = move(key, head * parameters[KEY_HEAD_STRIDE])
+            cached = move(pointer_to(parameters[K_CACHE], shared), target)
+            if normalises:
+                _rotate_normalised(row, cached, cos, sin, rotary_dim, head_dim, key_norm, epsilon)
+            else:
+                _rotate(row, cached, cos, sin, rotary_dim, head_dim)
+            row = move(value, head * parameters[VALUE_HEAD_STRIDE])
+            cached = move(pointer_to(parameters[V_CACHE], shared), target)
+            for i in range(head_dim):
+                cached[i] = row[i]
+        token = take(parameters)
+
+
+WORKER = Worker(_write_tokens)
+
+
+def rope_kv_write(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    query_norm: torch.Tensor | None,
+    key_norm: torch.Tensor | None,
+    eps: float,
+) -> None:
+    num_tokens, num_heads, head_dim = query.shape
+    num_kv_heads = key.shape[1]
+    parameters = np.array(
+        [
+            *(0, query.data_ptr(), *query.stride()[:2], num_heads, key.data_ptr(), *key.stride()[:2], num_kv_heads),
+            *(value.data_ptr(), *value.stride()[:2], positions.data_ptr(), cos_sin.data_ptr(), cos_sin.shape[1]),
+            *(k_cache.data_ptr(), v_cache.data_ptr(), *k_cache.stride()[:2], slot_mapping.data_ptr()),
+            *(k_cache.shape[2], head_dim, num_tokens),
+            *(0 if norm is None else norm.data_ptr() for norm in (query_norm, key_norm)),
+            0,
+        ],
+        np.int64,
+    )
+    parameters.view(np.float64)[EPSILON] = eps
+    WORKER.run(query.dtype, parameters, row_threads(num_tokens * (num_heads + num_kv_heads) * head_dim))

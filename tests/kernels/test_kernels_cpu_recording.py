@@ -1,0 +1,107 @@
+"""Recordings of CPU kernels: the same results as one by one, memory of their own, and nothing left out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from quire.kernels.cpu_recording import Arena, NotRecordableError, record
+from quire.kernels.linear import PackedWeight, linear, pack
+from quire.kernels.paged_decode import paged_decode
+from quire.kernels.rms_norm import rms_norm
+
+
+def chain(x: torch.Tensor, weights: list[PackedWeight], norm: torch.Tensor) -> torch.Tensor:
+    residual = x
+    for weight in weights:
+        x = linear(rms_norm(x, norm, 1e-6), weight, activation="silu")
+    return rms_norm(x, norm, 1e-6, residual)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_a_replay_does_what_its_kernels_do(num_threads: int) -> None:
+    torch.manual_seed(1)
+    weights, norm = [pack(torch.randn(96, 96) / 8) for _ in range(20)], torch.rand(96)
+    x = torch.randn(7, 96)
+    with record(Arena()) as recording:
+        result = chain(x, weights, norm)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        inputs = torch.randn(7, 96)
+        x.copy_(inputs)
+        recording.replay(num_threads)
+        assert torch.equal(result, chain(inputs.clone(), weights, norm))
+
+
+def test_memory_is_used_again_only_when_nobody_refers_to_it() -> None:
+    arena = Arena()
+    with record(arena) as recording:
+        first = recording.new_tensor((100,), torch.float32)
+        view = first.view(10, 10)[2:, 3]
+        address = first.data_ptr()
+        del first
+        second = recording.new_tensor((100,), torch.float32)
+        assert second.data_ptr() != address
+        del view
+        third = recording.new_tensor((100,), torch.float32)
+        assert third.data_ptr() == address
+        big = recording.new_tensor((3_000_000,), torch.float32)
+    with record(arena) as other:
+        again = other.new_tensor((3_000_000,), torch.float32)
+    assert big.data_ptr() % 64 == 0
+    assert again.numel() == big.numel()
+
+
+def test_decode_attention_follows_the_lengths_that_it_finds() -> None:
+    """A recording is made once for a number of sequences; how the work is divided changes with their lengths."""
+    torch.manual_seed(2)
+    num_seqs, num_blocks, block_size, dim = 3, 64, 16, 32
+    caches = torch.randn(2, num_blocks, 2, block_size, dim)
+    tables = torch.randperm(num_blocks)[: num_seqs * 20].view(num_seqs, 20).int()
+    query, seq_lens = torch.randn(num_seqs, 4, dim), torch.ones(num_seqs, dtype=torch.int32)
+    with record(Arena()) as recording:
+        out = paged_decode(query, caches[0], caches[1], tables, seq_lens, 0.2)
+    for lengths in ((1, 1, 1), (320, 5, 17), (2, 300, 299), (16, 128, 129)):
+        seq_lens.copy_(torch.tensor(lengths))
+        recording.replay(2)
+        assert torch.equal(out, paged_decode(query, caches[0], caches[1], tables, seq_lens, 0.2))
+
+
+def test_what_torch_computes_itself_is_refused() -> None:
+    x = torch.ones(2, 4)
+    with pytest.raises(NotRecordableError, match=r"aten\.add"), record(Arena()):
+        x + 1
+    with pytest.raises(NotRecordableError, match="empty"), record(Arena()):
+        torch.empty(3)
+    linear(x, pack(torch.ones(4, 4)))  # nothing is left of the recording
+
+
+def test_profile_names_every_kernel() -> None:
+    x, weight, norm = torch.ones(2, 64), pack(torch.ones(64, 64)), torch.ones(64)
+    with record(Arena()) as recording:
+        chain(x, [weight], norm)
+    assert [name for name, _ in recording.profile(1)] == [
+        "rms_norm.normalise",
+        "linear.multiply",
+        "rms_norm.normalise",
+    ]
+
+
+def test_fewer_threads_than_asked_for_still_finish() -> None:
+    """The barrier counts those that came, whatever the runtime granted."""
+    code = (
+        "import torch\n"
+        "from quire.kernels.cpu_recording import Arena, record\n"
+        "from quire.kernels.linear import linear, pack\n"
+        "x, weight = torch.ones(2, 64), pack(torch.ones(64, 64))\n"
+        "with record(Arena()) as recording:\n"
+        "    y = linear(linear(x, weight), weight)\n"
+        "recording.replay(4)\n"
+        "assert (y == 4096).all()\n"
+    )
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "2", "OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment)
