@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from quire.engine.kv_storage import KVStorage
+from quire.kernels.argmax import argmax
+from quire.kernels.cpu_recording import Arena, record
 from quire.kernels.log_probs import log_probs
 from quire.kernels.sample import sample
 from quire.kernels.token_bitmask import apply_token_bitmask
@@ -44,7 +46,11 @@ def load_cpu_kernels() -> None:
     """Import the compiler of the CPU kernels and load those that depend on no model: work for another thread, while
     this one reads weights. On a row so short that no second thread is asked for.
     """
-    warm_up_sampling(torch.zeros(1, 64))
+    logits = torch.zeros(1, 64)
+    warm_up_sampling(logits)
+    with record(Arena()) as recording:
+        argmax(logits)
+    recording.replay(num_threads=1)
 
 
 def warm_up_sampling(logits: torch.Tensor) -> None:

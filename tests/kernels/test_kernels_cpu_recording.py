@@ -105,3 +105,16 @@ def test_fewer_threads_than_asked_for_still_finish() -> None:
     )
     environment = {**os.environ, "OMP_THREAD_LIMIT": "2", "OMP_NUM_THREADS": "2"}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment)
+
+
+def test_recording_does_not_import_the_compiler_of_torch() -> None:
+    """The first step that was recorded took most of a second for it, and the process 80 MB more from then on."""
+    code = (
+        "import sys, torch\n"
+        "from quire.kernels.cpu_recording import Arena, record\n"
+        "x = torch.zeros(4)\n"
+        "with record(Arena()):\n"
+        "    x.view(2, 2)\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
