@@ -24,7 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import quire
@@ -35,13 +36,21 @@ REST_SECONDS = 4.0
 STAGES = ("port", "ready", "token", "whole")
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    seconds: dict[str, float]
+    """By stage."""
+    mib: dict[str, dict[str, float]]
+    """By process: `pss` in all, and how much of it is `private` memory rather than mapped files."""
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def one_start(model: list[str], flags: list[str], environment: dict[str, str], log: Path) -> dict[str, object]:
+def one_start(model: list[str], flags: list[str], environment: dict[str, str], log: Path) -> Start:
     """Start, ask, rest, weigh, stop. Figures in seconds and MiB."""
     port = free_port()
     command = [sys.executable, "-m", "quire", "serve", *model, "--port", str(port), *flags]
@@ -56,7 +65,7 @@ def one_start(model: list[str], flags: list[str], environment: dict[str, str], l
             for last in events:
                 seconds["whole"] = last - begin
             time.sleep(REST_SECONDS)
-            return {"seconds": seconds, "mib": {name: pss_mib(pid) for name, pid in family(process.pid).items()}}
+            return Start(seconds, {name: memory_mib(pid) for name, pid in family(process.pid).items()})
         finally:
             process.send_signal(signal.SIGINT)
             try:
@@ -66,9 +75,8 @@ def one_start(model: list[str], flags: list[str], environment: dict[str, str], l
                 process.wait()
 
 
-def wait_for(process: subprocess.Popen[bytes], condition: object) -> float:
+def wait_for(process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> float:
     """The time at which `condition()` first held; it is tried every 2 ms."""
-    assert callable(condition)
     end = time.perf_counter() + PATIENCE_SECONDS
     while time.perf_counter() < end:
         if condition():
@@ -121,8 +129,7 @@ def family(front: int) -> dict[str, int]:
     return found
 
 
-def pss_mib(pid: int) -> dict[str, float]:
-    """`pss` in all, and how much of it is `private` memory rather than mapped files."""
+def memory_mib(pid: int) -> dict[str, float]:
     fields = {}
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
         name, value = line.split()[:2]
@@ -130,22 +137,28 @@ def pss_mib(pid: int) -> dict[str, float]:
     return {"pss": fields["Pss"], "private": fields["Pss_Anon"]}
 
 
-def report(starts: list[dict[str, object]]) -> dict[str, object]:
+def report(starts: list[Start]) -> dict[str, object]:
     """Print medians; and hand them back."""
-    seconds = {stage: [start["seconds"][stage] for start in starts] for stage in STAGES}  # type: ignore[index]
-    medians: dict[str, object] = {stage: statistics.median(values) for stage, values in seconds.items()}
-    print("  ".join(f"{stage} {statistics.median(v):.2f} s ({min(v):.2f})" for stage, v in seconds.items()))
-    total = {"pss": 0.0, "private": 0.0}
-    memory: dict[str, dict[str, float]] = {}
-    for name in starts[0]["mib"]:  # type: ignore[attr-defined]
-        for kind in total:
-            value = statistics.median(start["mib"][name][kind] for start in starts if name in start["mib"])  # type: ignore
-            memory.setdefault(name, {})[kind] = value
-            total[kind] += value if name != "grammar" else 0.0
+    seconds = {stage: [start.seconds[stage] for start in starts] for stage in STAGES}
+    print(
+        "  ".join(f"{stage} {statistics.median(values):.2f} s ({min(values):.2f})" for stage, values in seconds.items())
+    )
+    memory = {
+        name: {
+            kind: statistics.median(start.mib[name][kind] for start in starts if name in start.mib)
+            for kind in ("pss", "private")
+        }
+        for name in starts[0].mib
+    }
     for name, values in memory.items():
         print(f"{name:8} {values['pss']:7.1f} MiB, of it {values['private']:7.1f} in private memory")
-    print(f"{'both':8} {total['pss']:7.1f} MiB, of it {total['private']:7.1f}  (front and engine)")
-    return {"seconds": medians, "mib": memory, "starts": starts}
+    both = {kind: memory["front"][kind] + memory["engine"][kind] for kind in ("pss", "private")}
+    print(f"{'both':8} {both['pss']:7.1f} MiB, of it {both['private']:7.1f}  (front and engine)")
+    return {
+        "seconds": {stage: statistics.median(values) for stage, values in seconds.items()},
+        "mib": memory,
+        "starts": [asdict(start) for start in starts],
+    }
 
 
 def main() -> None:
