@@ -188,7 +188,7 @@ def main() -> None:
             "python": platform.python_version(),
             "machine": platform.machine(),
             "cores": os.cpu_count(),
-            "model": args.model or "tales",
+            "model": Path(args.model).resolve().name if args.model else "tales",
             "flags": flags,
         }
         args.json.write_text(json.dumps({"about": about, **results}, indent=1) + "\n")
