@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from quire.engine.model_runner import ModelRunner
 from quire.engine.prompt_log_probs import PromptLogProbs
 from quire.engine.sampler import Sampler
 from quire.engine.stop_texts import StopTextsFactory
-from quire.engine.warm_up import warm_up
+from quire.engine.warm_up import load_cpu_kernels, warm_up
 from quire.grammar import Grammar, GrammarError
 from quire.models.config import ModelConfig
 from quire.models.loading import load_model
@@ -56,14 +57,18 @@ class Engine:
         directory = Path(config.model)
         model_config = ModelConfig.from_hf(directory)
         dtype = choose_dtype(config, model_config.checkpoint_dtype, device)
-        self._model = load_model(
-            directory,
-            model_config,
-            dtype=dtype,
-            device=device,
-            max_model_len=config.max_model_len,
-            progress=lambda done, total: progress("weights", done, total),
-        )
+        with ThreadPoolExecutor(1, thread_name_prefix="quire-kernels") as background:
+            kernels = background.submit(load_cpu_kernels) if device.type == "cpu" else None
+            self._model = load_model(
+                directory,
+                model_config,
+                dtype=dtype,
+                device=device,
+                max_model_len=config.max_model_len,
+                progress=lambda done, total: progress("weights", done, total),
+            )
+        if kernels is not None:
+            kernels.result()
         max_num_seqs = config.max_num_seqs or DEFAULT_MAX_NUM_SEQS[device.type]
         budget = plan_memory(
             config,
@@ -120,6 +125,7 @@ class Engine:
         progress("kernels", 0, 1)
         with torch.inference_mode():
             warm_up(self._model, self._kv, device)
+            self._runner.record()
         progress("kernels", 1, 1)
 
     @torch.inference_mode()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from quire.engine.log_prob_pages import LogProbPages
+from quire.engine.zeroed_memory import zeroed
 from quire.models.config import ModelConfig
 
 
@@ -30,7 +31,7 @@ class KVStorage:
         max_logprobs: int,
     ) -> None:
         shape = (config.num_layers, 2, num_blocks, config.num_kv_heads, block_size, config.head_dim)
-        self._pages = torch.zeros(shape, dtype=dtype, device=device)
+        self._pages = zeroed(shape, dtype, device)
         self.layers = [(layer[0], layer[1]) for layer in self._pages]
         self.log_probs = LogProbPages(num_blocks, block_size, max_logprobs)
 
