@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from quire.config import EngineConfig, SchedulerConfig
-from quire.engine.device import choose_device, choose_dtype, dtype_name
+from quire.engine.device import choose_device, choose_dtype, choose_step_budget, dtype_name
 from quire.engine.grammar.factory import GrammarFactory
 from quire.engine.inputs import InputBuilder
 from quire.engine.kv_storage import KVStorage
@@ -70,6 +70,7 @@ class Engine:
         if kernels is not None:
             kernels.result()
         max_num_seqs = config.max_num_seqs or DEFAULT_MAX_NUM_SEQS[device.type]
+        step_budget = choose_step_budget(config, device, max_num_seqs)
         budget = plan_memory(
             config,
             model_config,
@@ -77,14 +78,13 @@ class Engine:
             dtype=dtype,
             device=device,
             max_num_seqs=max_num_seqs,
+            step_budget=step_budget,
         )
         max_logprobs = min(config.max_logprobs, model_config.vocab_size)
         self._kv = KVStorage(
             model_config, budget.num_blocks, config.block_size, dtype, device, max_logprobs=max_logprobs
         )
-        self._inputs = InputBuilder(
-            config.max_num_batched_tokens, max_num_seqs, budget.max_model_len, config.block_size, device
-        )
+        self._inputs = InputBuilder(step_budget, max_num_seqs, budget.max_model_len, config.block_size, device)
         self._runner = ModelRunner(self._model, self._kv.layers, self._inputs.memory)
         self._grammars = GrammarFactory(directory, model_config.vocab_size, model_config.eos_token_ids)
         self._sampler = Sampler(max_num_seqs, self._grammars)
@@ -95,7 +95,7 @@ class Engine:
                 num_blocks=budget.num_blocks,
                 block_size=config.block_size,
                 max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_num_batched_tokens=step_budget,
                 max_model_len=budget.max_model_len,
                 enable_prefix_caching=config.enable_prefix_caching,
                 enable_chunked_prefill=config.enable_chunked_prefill,
@@ -115,7 +115,7 @@ class Engine:
             block_size=config.block_size,
             num_blocks=budget.num_blocks,
             max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=step_budget,
             dtype=dtype_name(dtype),
             device=device.type,
             enable_prefix_caching=config.enable_prefix_caching,

@@ -72,8 +72,8 @@ class EngineConfig:
     """Longest sequence, prompt and output together, in tokens."""
     max_num_seqs: int | None = None
     """Sequences that run at once: 64 on a CPU, 256 on a GPU."""
-    max_num_batched_tokens: int = 2048
-    """Token budget of one step."""
+    max_num_batched_tokens: int | None = None
+    """Token budget of one step: 2048 on a GPU, on a CPU 64 for each thread (at least 128, at most 2048)."""
     block_size: int = 16
     """Tokens in one block of the KV-cache; a power of two."""
     num_blocks: int | None = None

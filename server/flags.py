@@ -126,9 +126,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     scheduler.add_argument(
         "--max-num-batched-tokens",
         type=scaled_integer,
-        default=2048,
         metavar="TOKENS",
-        help="token budget of one step (default: %(default)s)",
+        help="token budget of one step (default: 2048 on GPU; on CPU 64 for each thread, from 128 to 2048)",
     )
     _switch(scheduler, "--enable-chunked-prefill", True, "compute long prompts in chunks")
     scheduler.add_argument(
@@ -194,7 +193,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         "--max-num-queued-tokens",
         type=scaled_integer,
         metavar="TOKENS",
-        help="prompt tokens that may wait (default: 16 x --max-num-batched-tokens)",
+        help="prompt tokens that may wait (default: 16 x --max-num-batched-tokens, at least 32768)",
     )
     bounds.add_argument(
         "--max-body-bytes", type=byte_size, default=limits.max_body_bytes, metavar="BYTES", help="(default: 4MiB)"
