@@ -163,8 +163,8 @@ class World:
     def _waits_for_prefix(self, sequence: Sequence) -> bool:
         """Whether one that runs has still to compute a block, of tokens it knows, that this one can use.
 
-        By tokens, not by the scheduler's keys. Any such block will do: the first that was missing may have changed since
-        by what the step took from the pool.
+        By tokens, not by the scheduler's keys. Any such block will do: which one was missing first may have changed
+        since, by what the step took from the pool.
         """
         if not self.config.enable_prefix_caching:
             return False
