@@ -11,7 +11,7 @@ from quire.kernels.cpu_elements import float32_pointer, move, pointer_to, write
 from quire.kernels.cpu_matrix import PANEL
 
 
-@numba.njit  # type: ignore[untyped-decorator]
+@numba.njit
 def finish_row(
     shared: Any,
     line: Any,

@@ -99,9 +99,9 @@ def _input_bytes(builder: Builder, numbers: Value) -> Value:
         shorts = builder.trunc(numbers, _SHORTS)
         return lanes.shuffle(builder, shorts, shorts, [first + i for first in fours for i in (0, 2, 1, 3)])
     high = builder.ashr(builder.add(numbers, _words(128)), _words(8))
-    pieces = [builder.trunc(high, _BYTES), builder.trunc(numbers, _BYTES)]  # the low byte has the sign that is left
+    low_bytes = builder.trunc(numbers, _BYTES)  # as numbers with a sign they are what the high bytes leave
     order = [side + first + i for first in fours for side in (0, LANES) for i in range(4)]
-    return lanes.shuffle(builder, *pieces, order)
+    return lanes.shuffle(builder, builder.trunc(high, _BYTES), low_bytes, order)
 
 
 class _Sums:
@@ -114,38 +114,31 @@ class _Sums:
 
     def add_products(self, builder: Builder, weights: Value, inputs: list[Value]) -> None:
         """Of four unsigned weights in each lane with four inputs, which are two words, the same in each lane."""
-        if not HAS_BYTE_PRODUCT:
-            halves = (weights, builder.lshr(weights, _words(8)))
-            inputs = [_short_products(builder, builder.and_(h, _words(0x00FF00FF)), x) for h, x in zip(halves, inputs, strict=True)]
-        for slot, operand in zip(self._slots, inputs, strict=True):
-            total = builder.load(slot)
-            builder.store(
-                _byte_products(builder, total, weights, operand) if HAS_BYTE_PRODUCT else builder.add(total, operand),
-                slot,
-            )
+        if HAS_BYTE_PRODUCT:
+            parts = [weights, weights]
+        else:
+            parts = [builder.and_(half, _words(0x00FF00FF)) for half in (weights, builder.lshr(weights, _words(8)))]
+        for slot, part, operand in zip(self._slots, parts, inputs, strict=True):
+            builder.store(_add_products(builder, builder.load(slot), part, operand), slot)
 
     def get(self, builder: Builder) -> Value:
         first, second = (builder.load(slot) for slot in self._slots)
         return builder.add(builder.shl(first, _words(8)) if HAS_BYTE_PRODUCT else first, second)
 
 
-def _byte_products(builder: Builder, total: Value, weights: Value, inputs: Value) -> Value:
-    """total plus, in each lane, four products of unsigned bytes with signed ones."""
-    name = f"llvm.x86.avx512.vpdpbusd.{32 * LANES}"
-    return lanes.call(builder, name, _WORDS, [total, weights, inputs])
-
-
-def _short_products(builder: Builder, weights: Value, inputs: Value) -> Value:
-    """The sum of two products of int16 in each lane."""
+def _add_products(builder: Builder, total: Value, weights: Value, inputs: Value) -> Value:
+    """total plus, in each lane, four products of an unsigned and a signed byte, or two of int16."""
+    if HAS_BYTE_PRODUCT:
+        return lanes.call(builder, f"llvm.x86.avx512.vpdpbusd.{32 * LANES}", _WORDS, [total, weights, inputs])
     if _HAS_SHORT_PRODUCT:
         shorts = ir.VectorType(_SHORT, 2 * LANES)
         arguments = [builder.bitcast(weights, shorts), builder.bitcast(inputs, shorts)]
-        return lanes.call(
-            builder, "llvm.x86.avx512.pmaddw.d.512" if LANES == 16 else "llvm.x86.avx2.pmadd.wd", _WORDS, arguments
-        )
+        name = "llvm.x86.avx512.pmaddw.d.512" if LANES == 16 else "llvm.x86.avx2.pmadd.wd"
+        return builder.add(total, lanes.call(builder, name, _WORDS, arguments))
     sixteen = _words(16)
     low = builder.mul(builder.and_(weights, _words(0xFFFF)), builder.ashr(builder.shl(inputs, sixteen), sixteen))
-    return builder.add(low, builder.mul(builder.lshr(weights, sixteen), builder.ashr(inputs, sixteen)))
+    high = builder.mul(builder.lshr(weights, sixteen), builder.ashr(inputs, sixteen))
+    return builder.add(total, builder.add(low, high))
 
 
 @emitted(nothing)
@@ -159,6 +152,7 @@ def multiply_group(
     group_size: Value,
     num_lines: Value,
     weights: Value,
+    fetch_next: Value,
     scales: Value,
     tile: Value,
 ) -> None:
@@ -172,13 +166,14 @@ def multiply_group(
         scales: [PANEL] bfloat16 that the group's sums are multiplied with, if `bits` is 4.
         tile: [num_rows, PANEL] float32.
     """
+    prefetches = builder.icmp_signed("!=", fetch_next, integer(0))
     for width in ZERO_POINTS:
         for count in range(1, ROWS_TOGETHER + 1):
             is_case = builder.and_(
                 builder.icmp_signed("==", bits, integer(width)), builder.icmp_signed("==", num_rows, integer(count))
             )
             with builder.if_then(is_case):
-                _emit_group(builder, width, count, x, factors, group_size, num_lines, weights, scales, tile)
+                _emit_group(builder, width, count, x, factors, group_size, num_lines, weights, prefetches, scales, tile)
 
 
 def _emit_group(
@@ -190,6 +185,7 @@ def _emit_group(
     group_size: Value,
     num_lines: Value,
     weights: Value,
+    prefetches: Value,
     scales: Value,
     tile: Value,
 ) -> None:
@@ -206,6 +202,8 @@ def _emit_group(
     with cgutils.for_range(builder, num_lines, intp=I64) as loop:
         line = row_at(builder, words, loop.index, integer(PANEL))
         vectors = [_load_words(builder, at(builder, line, i * LANES)) for i in range(NUM_VECTORS)]
+        with builder.if_then(prefetches):
+            _prefetch(builder, row_at(builder, line, num_lines, integer(PANEL)))
         first = builder.mul(loop.index, integer(words_per_line))
         for part, unpacked in enumerate(_unpacked(builder, vectors, bits)):
             for row, totals in zip(rows, sums, strict=True):
@@ -222,6 +220,13 @@ def _emit_group(
                 value = builder.fmul(value, load(builder, at(builder, group_scales, i * LANES), BFLOAT16))
             place = at(builder, tile, row * PANEL + i * LANES)
             store(builder, builder.fadd(load(builder, place), value), place)
+
+
+def _prefetch(builder: Builder, line: Value) -> None:
+    for word in range(0, PANEL, 16):
+        address = builder.bitcast(at(builder, line, word), _BYTE.as_pointer())
+        read, keep, data = (ir.Constant(I32, option) for option in (0, 3, 1))
+        lanes.call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, read, keep, data])
 
 
 def _load_words(builder: Builder, pointer: Value) -> Value:

@@ -11,6 +11,7 @@ from quire.sampling_params import MAX_LOGPROBS, MAX_SPECULATIVE_TOKENS
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+Quantization = Literal["int8", "int4"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 MAX_NGRAM = 16
 
@@ -66,6 +67,8 @@ class EngineConfig:
     """Directory of a Hugging Face checkpoint, or a hub name (resolved before the engine starts)."""
     dtype: DType = "auto"
     device: Device = "auto"
+    quantization: Quantization | None = None
+    """To what weights are rounded at load, on a CPU only; embedding and head always to int8."""
     seed: int = 0
     """Seed from which requests without a seed are given theirs."""
     max_model_len: int | None = None

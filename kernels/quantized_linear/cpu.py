@@ -106,6 +106,7 @@ def _multiply(shared: Any) -> None:
                     group_size,
                     -(-size // features_per_line),
                     weight + group * group_bytes,
+                    row == ROWS_TOGETHER and count > 2 * ROWS_TOGETHER,
                     scales,
                     move(tile, row * PANEL),
                 )

@@ -18,8 +18,6 @@ Bits = Literal[8, 4]
 
 GROUP_SIZES: dict[int, int] = {8: 128, 4: 128}
 """Input features that share a scale: of the inputs, and of weights of 4 bits."""
-_CLIPPINGS = tuple(0.70 + 0.05 * i for i in range(10))
-"""Scales tried for a group of 4 bits, as multiples of the one that its largest magnitude asks for."""
 _ELEMENTS_AT_ONCE = 2**22  # of a weight, so that rounding it takes little memory beside it
 
 
@@ -74,7 +72,7 @@ def quantize(weight: torch.Tensor, bits: Bits, *, gated: bool = False) -> Quanti
     rows_at_once = max(1, _ELEMENTS_AT_ONCE // max(1, depth))
     for first in range(0, num_features, rows_at_once):
         rows = slice(first, first + rows_at_once)
-        wide = weight[rows].float()
+        wide = weight[rows].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         require(bool(wide.isfinite().all()), "weight must be finite")
         integers[rows], scales[rows] = _round_rows(wide) if bits == 8 else _round_groups(wide, group_size)
     integers = F.pad(integers, (0, -depth % per_line), value=ZERO_POINTS[bits])
@@ -110,25 +108,8 @@ def _round_rows(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _round_groups(wide: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N, K] float32 to uint8 [N, K] and scales [N, G] that bfloat16 holds exactly.
+    """[N, K] float32, which is overwritten, to uint8 [N, K] and scales [N, G]."""
+    from quire.kernels.cpu_rounding import round_groups
 
-    The scale has the sign that makes the group's largest magnitude negative, since the integers reach further there.
-    """
-    num_features, depth = wide.shape
-    groups = F.pad(wide, (0, -depth % group_size)).unflatten(1, (-1, group_size))  # [N, G, group_size]
-    largest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
-    best = torch.zeros_like(groups)
-    best_scales, best_errors = torch.zeros_like(largest), groups.square().sum(dim=2, keepdim=True)
-    for clipping in _CLIPPINGS:
-        scales = (largest / -8 * clipping).bfloat16().float()
-        inverse = 1 / scales.where(scales != 0, 1)
-        integers = (groups * inverse).round_().clamp_(-8, 7)
-        # For these integers the scale with the least squared error, as near as bfloat16 has it.
-        fitted = (groups * integers).sum(dim=2, keepdim=True) / integers.square().sum(dim=2, keepdim=True).clamp_min_(1)
-        scales = fitted.bfloat16().float()
-        errors = (groups - integers * scales).square_().sum(dim=2, keepdim=True)
-        is_better = errors < best_errors
-        best = integers.where(is_better, best)
-        best_scales, best_errors = scales.where(is_better, best_scales), errors.where(is_better, best_errors)
-    integers = (best + ZERO_POINTS[4]).to(torch.uint8).flatten(1)[:, :depth]
-    return integers, best_scales.squeeze(2)
+    scales = round_groups(wide, group_size)
+    return wide.to(torch.uint8), scales
