@@ -11,7 +11,7 @@ import torch
 from quire.kernels.cpu_elements import float32_pointer, int64_pointer, move, take
 from quire.kernels.cpu_workers import Worker
 
-_NUM_CLIPPINGS = 8
+_NUM_CLIPPINGS = 9
 _FIRST_CLIPPING, _CLIPPING_STEP = 0.75, 0.05  # of the scale that the largest magnitude asks for
 
 # The parameters: their places in the int64 array that the threads share.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from quire.sampling_params import MAX_LOGPROBS, MAX_SPECULATIVE_TOKENS
 
@@ -105,6 +105,10 @@ class EngineConfig:
         ):
             if value is not None and value < low:
                 raise ConfigError(f"{flag} must be at least {low}, not {value}.")
+        if self.quantization not in (None, *get_args(Quantization)):
+            raise ConfigError(
+                f"--quantization must be {' or '.join(get_args(Quantization))}, not {self.quantization!r}."
+            )
         if not 0 <= self.max_logprobs <= MAX_LOGPROBS:
             raise ConfigError(f"--max-logprobs must be from 0 to {MAX_LOGPROBS}, not {self.max_logprobs}.")
         if not (math.isfinite(self.gpu_memory_utilization) and 0 < self.gpu_memory_utilization <= 1):
