@@ -142,14 +142,14 @@ def quantized_linear(
 ) -> torch.Tensor:
     num_rows, depth = x.shape
     group_size, num_groups = weight.group_size, weight.num_groups
-    input_bytes = num_groups * num_rows * group_size * GROUP_BYTES
     # One kernel's result and the other's input, so not scratch memory, which is only good within one kernel.
-    inputs = new_tensor((input_bytes + num_groups * num_rows * _FACTOR_BYTES,), torch.uint8)
+    inputs = new_tensor((num_rows, num_groups * (group_size * GROUP_BYTES + _FACTOR_BYTES)), torch.uint8)
+    factors = inputs.data_ptr() + num_rows * num_groups * group_size * GROUP_BYTES
     out = new_tensor((num_rows, weight.out_features), out_dtype)
     num_panels = weight.data.shape[0]
     parameters = np.array(
         [
-            *(0, x.data_ptr(), x.stride(0), inputs.data_ptr(), inputs.data_ptr() + input_bytes),
+            *(0, x.data_ptr(), x.stride(0), inputs.data_ptr(), factors),
             *(num_rows, depth, group_size, num_groups, weight.bits, weight.data.data_ptr(), weight.scales.data_ptr()),
             *(0 if bias is None else bias.data_ptr(), out.data_ptr(), out_dtype == torch.float32 != x.dtype),
             *(weight.out_features, num_panels, weight.data.stride(0)),
