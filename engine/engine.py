@@ -78,8 +78,10 @@ class Engine:
         self._kv = KVStorage(
             model_config, budget.num_blocks, config.block_size, dtype, device, max_logprobs=max_logprobs
         )
-        self._runner = ModelRunner(self._model, self._kv.layers, device)
-        self._inputs = InputBuilder(max_num_seqs, budget.max_model_len, config.block_size, device)
+        self._inputs = InputBuilder(
+            config.max_num_batched_tokens, max_num_seqs, budget.max_model_len, config.block_size, device
+        )
+        self._runner = ModelRunner(self._model, self._kv.layers, self._inputs.memory)
         self._grammars = GrammarFactory(directory, model_config.vocab_size, model_config.eos_token_ids)
         self._sampler = Sampler(max_num_seqs, self._grammars)
         self._prompt_log_probs = PromptLogProbs(self._kv.log_probs, max_num_seqs, model_config.vocab_size)

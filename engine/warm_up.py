@@ -28,7 +28,7 @@ def warm_up(model: Model, kv: KVStorage, device: torch.device) -> None:
             slot_mapping=integers([0, *range(NUM_PREFILL_TOKENS)], torch.int64),
             block_tables=torch.zeros((2, 1), dtype=torch.int32, device=device),
             seq_lens=integers([1, NUM_PREFILL_TOKENS], torch.int32),
-            query_start=integers([0, 1, num_tokens], torch.int32),
+            prefill_start=integers([0, NUM_PREFILL_TOKENS], torch.int32),
             logits_indices=integers([0, num_tokens - 1], torch.int64),
             num_decodes=1,
             max_query_len=NUM_PREFILL_TOKENS,

@@ -78,6 +78,10 @@ def new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype) if recorder is None else recorder.new_tensor(shape, dtype)
 
 
+def is_recording() -> bool:
+    return RECORDING.recorder is not None
+
+
 def scratch(num_bytes: int) -> int:
     """The address of memory that is one worker's while it runs, and anybody's afterwards."""
     recorder = RECORDING.recorder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from quire.kernels.kv_write import kv_write
+from quire.kernels.take_rows import take_rows
 from quire.models.config import Activation, ModelConfig
 from quire.models.forward_batch import ForwardBatch
 from quire.models.layers.attention import KVCache, PagedAttention
@@ -57,7 +58,7 @@ class GPT2:
         hidden = self._embedding(batch.token_ids) + self._positions(batch.positions)
         for layer, cache in zip(self._layers, kv_caches, strict=True):
             hidden = layer(hidden, batch, cache)
-        return self._norm(hidden if batch.logits_indices is None else hidden[batch.logits_indices])
+        return self._norm(hidden if batch.logits_indices is None else take_rows(hidden, batch.logits_indices))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._head(hidden)

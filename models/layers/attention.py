@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from quire.kernels.backend import empty
 from quire.kernels.paged_decode import paged_decode
 from quire.kernels.paged_prefill import paged_prefill
 from quire.kernels.rope_kv_write import rope_kv_write
@@ -28,7 +29,7 @@ class PagedAttention:
         num_decodes = batch.num_decodes  # each of one token: rows of `query` and of the block tables alike
         if num_decodes == len(query):
             return self._decode(query, batch, cache, None).flatten(1)
-        out = query.new_empty(query.shape)
+        out = empty(tuple(query.shape), query)
         if num_decodes:
             self._decode(query[:num_decodes], batch, cache, out[:num_decodes])
         paged_prefill(
@@ -36,7 +37,7 @@ class PagedAttention:
             *cache,
             batch.block_tables[num_decodes:],
             batch.seq_lens[num_decodes:],
-            batch.query_start[num_decodes:] - num_decodes,
+            batch.prefill_start,
             self._scale,
             batch.max_query_len,
             self._sliding_window,

@@ -60,7 +60,7 @@ class PagedRunner:
             slot_mapping=torch.tensor(slots),
             block_tables=tables,
             seq_lens=torch.tensor([self.lengths[name] for name in work], dtype=torch.int32),
-            query_start=query_start.to(torch.int32),
+            prefill_start=(query_start[num_decodes:] - num_decodes).to(torch.int32),
             logits_indices=torch.arange(len(positions)) if every_token else query_start[1:] - 1,
             num_decodes=num_decodes,
             max_query_len=max(counts[num_decodes:], default=0),
