@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 
-from quire.config import ConfigError, EngineConfig
+from quire.config import ConfigError, EngineConfig, Quantization
+from quire.kernels.quantized_linear import is_fast_here
+
+log = logging.getLogger(__name__)
 
 MAX_STEP_BUDGET = 2048
 CPU_TOKENS_PER_THREAD = 64
@@ -35,6 +39,23 @@ def choose_dtype(config: EngineConfig, checkpoint_dtype: str, device: torch.devi
     if device.type == "cpu" and not (checkpoint_dtype == "bfloat16" and cpu_has_bfloat16()):
         return torch.float32
     return DTYPES.get(checkpoint_dtype, torch.float32)
+
+
+def choose_quantization(config: EngineConfig, device: torch.device) -> Quantization | None:
+    """As it was asked for; says in one line when this processor is not made for it."""
+    if config.quantization is None:
+        return None
+    if device.type != "cpu":
+        raise ConfigError(
+            f"--quantization {config.quantization} is for CPUs; on a GPU leave it out, or add --device cpu."
+        )
+    if not is_fast_here():
+        log.warning(
+            "--quantization %s: this processor has no instruction for products of bytes (AVX-VNNI); without the flag "
+            "it may be faster.",
+            config.quantization,
+        )
+    return config.quantization
 
 
 def cpu_has_bfloat16() -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from quire.config import EngineConfig, SchedulerConfig
-from quire.engine.device import choose_device, choose_dtype, choose_step_budget, dtype_name
+from quire.engine.device import choose_device, choose_dtype, choose_quantization, choose_step_budget, dtype_name
 from quire.engine.grammar.factory import GrammarFactory
 from quire.engine.inputs import InputBuilder
 from quire.engine.kv_storage import KVStorage
@@ -65,6 +65,7 @@ class Engine:
                 dtype=dtype,
                 device=device,
                 max_model_len=config.max_model_len,
+                quantization=choose_quantization(config, device),
                 progress=lambda done, total: progress("weights", done, total),
             )
         if kernels is not None:
@@ -102,7 +103,7 @@ class Engine:
                 policy=config.scheduling_policy,
                 sliding_window=model_config.uniform_window,
                 speculative_config=config.speculative_config,
-                cache_namespace=f"{config.model}|{dtype}|{secrets.token_hex(16)}",
+                cache_namespace=f"{config.model}|{dtype}|{config.quantization}|{secrets.token_hex(16)}",
             )
         )
         self.started: list[str] = []
@@ -121,6 +122,7 @@ class Engine:
             enable_prefix_caching=config.enable_prefix_caching,
             max_logprobs=max_logprobs,
             memory_budget=budget.lines,
+            quantization=config.quantization,
         )
         progress("kernels", 0, 1)
         with torch.inference_mode():

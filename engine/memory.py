@@ -65,7 +65,7 @@ def plan_memory(
         )
     max_model_len = min(wanted_len, pool_tokens)
     lines = [
-        f"weights      {_mib(weight_bytes):>12}  {dtype_name(dtype)} on {device.type}",
+        f"weights      {_mib(weight_bytes):>12}  {_weight_kind(config, dtype)} on {device.type}",
         f"activations  {_mib(activations):>12}  {step_budget} tokens a step, {max_num_seqs} requests",
         f"KV-cache     {_mib(num_blocks * kv_bytes):>12}  {num_blocks - 1} blocks of {config.block_size} = "
         f"{pool_tokens} tokens",
@@ -73,6 +73,17 @@ def plan_memory(
         f"context      {max_model_len:>12}  tokens a sequence at most",
     ]
     return MemoryBudget(num_blocks, max_model_len, lines)
+
+
+def _weight_kind(config: EngineConfig, dtype: torch.dtype) -> str:
+    name = dtype_name(dtype)
+    match config.quantization:
+        case None:
+            return name
+        case "int8":
+            return f"int8, computing in {name},"
+        case "int4":
+            return f"int4 (embedding and head int8), computing in {name},"
 
 
 def _number_of_blocks(

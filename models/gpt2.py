@@ -69,4 +69,4 @@ def conv1d(
 ) -> Linear:
     """GPT-2's linear layers are stored as [in_features, out_features]."""
     weight = weights.transposed(f"{name}.weight", out_features, in_features)
-    return make_linear(weight, weights.tensor(f"{name}.bias", out_features), activation=activation)
+    return make_linear(weights, weight, weights.tensor(f"{name}.bias", out_features), activation=activation)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from quire.config import ConfigError
+from quire.config import ConfigError, Quantization
 from quire.models.json_fields import JsonFields
 from quire.models.safetensors_file import TensorEntry, read_entries
 
@@ -30,6 +30,7 @@ class Weights:
 
     Args:
         progress: called with (bytes of the files read so far, bytes in all).
+        quantization: to what layers round the weights that they take.
     """
 
     def __init__(
@@ -38,11 +39,13 @@ class Weights:
         dtype: torch.dtype,
         device: torch.device,
         progress: Callable[[int, int], None],
+        quantization: Quantization | None = None,
     ) -> None:
         self.dtype = dtype
         self.device = device
+        self.quantization = quantization
         self.num_bytes = 0
-        """Bytes of all tensors handed out."""
+        """Bytes of all tensors handed out, or of what they were rounded to."""
         self._entries = dict(entries)
         self._progress = progress
         self._total = sum(entry.num_bytes for entry in entries.values())
@@ -72,6 +75,10 @@ class Weights:
         """Take a tensor that is stored as [columns, rows], as a contiguous [rows, columns]."""
         stored = self.tensor(name, columns, rows)
         return stored.t().contiguous()
+
+    def replaced(self, tensor: torch.Tensor, num_bytes: int) -> None:
+        """A layer keeps `num_bytes` instead of a tensor that it took."""
+        self.num_bytes += num_bytes - tensor.nbytes
 
     def skip_copy(self, name: str, tensor: torch.Tensor) -> None:
         """Take a tensor that only repeats `tensor`, if it is there at all; raise ConfigError if it differs."""

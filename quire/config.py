@@ -5,12 +5,13 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from quire.sampling_params import MAX_LOGPROBS, MAX_SPECULATIVE_TOKENS
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+Quantization = Literal["int8", "int4"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 MAX_NGRAM = 16
 
@@ -66,6 +67,8 @@ class EngineConfig:
     """Directory of a Hugging Face checkpoint, or a hub name (resolved before the engine starts)."""
     dtype: DType = "auto"
     device: Device = "auto"
+    quantization: Quantization | None = None
+    """To what weights are rounded at load, on a CPU only; embedding and head always to int8."""
     seed: int = 0
     """Seed from which requests without a seed are given theirs."""
     max_model_len: int | None = None
@@ -102,6 +105,10 @@ class EngineConfig:
         ):
             if value is not None and value < low:
                 raise ConfigError(f"{flag} must be at least {low}, not {value}.")
+        if self.quantization not in (None, *get_args(Quantization)):
+            raise ConfigError(
+                f"--quantization must be {' or '.join(get_args(Quantization))}, not {self.quantization!r}."
+            )
         if not 0 <= self.max_logprobs <= MAX_LOGPROBS:
             raise ConfigError(f"--max-logprobs must be from 0 to {MAX_LOGPROBS}, not {self.max_logprobs}.")
         if not (math.isfinite(self.gpu_memory_utilization) and 0 < self.gpu_memory_utilization <= 1):

@@ -82,6 +82,11 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     model.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     model.add_argument(
+        "--quantization",
+        choices=("int8", "int4"),
+        help="round weights at load to 8 or 4 bits, which makes a CPU decode faster (default: weights as they are)",
+    )
+    model.add_argument(
         "--max-model-len",
         type=model_length,
         metavar="TOKENS",
@@ -218,6 +223,7 @@ def engine_config(flags: argparse.Namespace, model_dir: Path) -> EngineConfig:
         model=str(model_dir),
         dtype=flags.dtype,
         device=flags.device,
+        quantization=flags.quantization,
         seed=flags.seed,
         max_model_len=flags.max_model_len,
         max_num_seqs=flags.max_num_seqs,
