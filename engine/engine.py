@@ -11,7 +11,14 @@ from pathlib import Path
 import torch
 
 from quire.config import EngineConfig, SchedulerConfig
-from quire.engine.device import choose_device, choose_dtype, choose_quantization, choose_step_budget, dtype_name
+from quire.engine.device import (
+    choose_device,
+    choose_dtype,
+    choose_kv_cache_dtype,
+    choose_quantization,
+    choose_step_budget,
+    dtype_name,
+)
 from quire.engine.grammar.factory import GrammarFactory
 from quire.engine.inputs import InputBuilder
 from quire.engine.kv_storage import KVStorage
@@ -81,9 +88,10 @@ class Engine:
             max_num_seqs=max_num_seqs,
             step_budget=step_budget,
         )
+        kv_dtype = choose_kv_cache_dtype(config, dtype)
         max_logprobs = min(config.max_logprobs, model_config.vocab_size)
         self._kv = KVStorage(
-            model_config, budget.num_blocks, config.block_size, dtype, device, max_logprobs=max_logprobs
+            model_config, budget.num_blocks, config.block_size, kv_dtype, device, max_logprobs=max_logprobs
         )
         self._inputs = InputBuilder(step_budget, max_num_seqs, budget.max_model_len, config.block_size, device)
         self._runner = ModelRunner(self._model, self._kv.layers, self._inputs.memory)
@@ -103,7 +111,7 @@ class Engine:
                 policy=config.scheduling_policy,
                 sliding_window=model_config.uniform_window,
                 speculative_config=config.speculative_config,
-                cache_namespace=f"{config.model}|{dtype}|{config.quantization}|{secrets.token_hex(16)}",
+                cache_namespace=f"{config.model}|{dtype}|{kv_dtype}|{config.quantization}|{secrets.token_hex(16)}",
             )
         )
         self.started: list[str] = []
@@ -118,6 +126,7 @@ class Engine:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=step_budget,
             dtype=dtype_name(dtype),
+            kv_cache_dtype=dtype_name(kv_dtype),
             device=device.type,
             enable_prefix_caching=config.enable_prefix_caching,
             max_logprobs=max_logprobs,

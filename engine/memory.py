@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from quire.config import ConfigError, EngineConfig
-from quire.engine.device import dtype_name
+from quire.engine.device import choose_kv_cache_dtype, dtype_name
 from quire.engine.kv_storage import bytes_per_block
 from quire.engine.log_prob_pages import log_prob_bytes_per_block
 from quire.engine.prompt_log_probs import MAX_LOGITS_BYTES
@@ -41,7 +41,8 @@ def plan_memory(
         ConfigError: the pool would be empty, or too small for the `max_model_len` that was asked for.
     """
     log_prob_bytes = log_prob_bytes_per_block(config.block_size, min(config.max_logprobs, model_config.vocab_size))
-    kv_bytes = bytes_per_block(model_config, config.block_size, dtype)
+    kv_dtype = choose_kv_cache_dtype(config, dtype)
+    kv_bytes = bytes_per_block(model_config, config.block_size, kv_dtype)
     block_bytes = kv_bytes + (log_prob_bytes if device.type == "cpu" else 0)  # they are on the host
     wanted_len = config.max_model_len or model_config.max_position_embeddings
     activations = activation_bytes(config, model_config, dtype, max_num_seqs, step_budget)
@@ -68,7 +69,7 @@ def plan_memory(
         f"weights      {_mib(weight_bytes):>12}  {_weight_kind(config, dtype)} on {device.type}",
         f"activations  {_mib(activations):>12}  {step_budget} tokens a step, {max_num_seqs} requests",
         f"KV-cache     {_mib(num_blocks * kv_bytes):>12}  {num_blocks - 1} blocks of {config.block_size} = "
-        f"{pool_tokens} tokens",
+        f"{pool_tokens} tokens, {dtype_name(kv_dtype)}",
         f"log-probs    {_mib(num_blocks * log_prob_bytes):>12}  of scored prompts, at most; host memory",
         f"context      {max_model_len:>12}  tokens a sequence at most",
     ]

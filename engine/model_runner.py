@@ -12,7 +12,7 @@ from quire.kernels.argmax import argmax
 from quire.kernels.cpu_recording import Arena, NotRecordableError
 from quire.kernels.cpu_sized_recording import SizedRecording, Sizes, record_for_sizes
 from quire.models.forward_batch import ForwardBatch
-from quire.models.layers.attention import KVCache
+from quire.models.kv_cache import KVCache
 from quire.models.model import Model
 
 log = logging.getLogger(__name__)

@@ -104,6 +104,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
 
     memory = parser.add_argument_group("KV-cache")
     memory.add_argument(
+        "--kv-cache-dtype",
+        choices=("auto", "int8"),
+        default="auto",
+        help="int8: a byte for each number and a scale for each token and head, about half the memory of bfloat16 "
+        "(default: %(default)s, the model's dtype)",
+    )
+    memory.add_argument(
         "--gpu-memory-utilization",
         type=float,
         default=0.92,
@@ -224,6 +231,7 @@ def engine_config(flags: argparse.Namespace, model_dir: Path) -> EngineConfig:
         dtype=flags.dtype,
         device=flags.device,
         quantization=flags.quantization,
+        kv_cache_dtype=flags.kv_cache_dtype,
         seed=flags.seed,
         max_model_len=flags.max_model_len,
         max_num_seqs=flags.max_num_seqs,
