@@ -12,12 +12,14 @@ repeated with new words. `saturation` doubles the rate of W4 until the output ra
 
 A peer's command gets {port}, {model} and {threads} filled in, and must serve /v1/models and /v1/completions. An
 in-process peer runs one load and writes JSON; it gets {workloads}, {repeat}, {rate}, {out}, {model} and {threads}.
-measuring/engines.py says what it writes, measuring/floors.py how the floor is reckoned.
+measuring/engines.py says what it writes, measuring/floors.py how the floor is reckoned. --profile runs the loads once
+more on a server whose front process has timers in it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -29,7 +31,7 @@ from measuring import engines, loads
 from measuring.comparison import Comparison, Settings
 from measuring.floors import ModelCost
 from measuring.report import bars, write_json
-from measuring.serving_tables import loads_table, starts_table
+from measuring.serving_tables import FrontProfile, front_table, loads_table, starts_table
 from measuring.summary import medians
 
 from quire.tales import MODEL_DIR
@@ -62,6 +64,7 @@ def parse_arguments() -> argparse.Namespace:
         help="a run is repeated if others used more cores (default: %(default)s)",
     )
     add("--retries", type=int, default=2, help="times that it is repeated (default: %(default)s)")
+    add("--profile", action="store_true", help="also show where the front process's time goes, in runs of their own")
     add("--out", type=Path, metavar="STEM", help="write STEM.json, STEM.md and STEM.svg")
     add("--log-dir", type=Path, help="where the servers' output goes (default: a temporary folder)")
     arguments = parser.parse_args()
@@ -89,7 +92,26 @@ def make_engines(arguments: argparse.Namespace, log_dir: Path) -> list[engines.M
     return made
 
 
-def report(comparison: Comparison, saturation: dict[str, dict[str, float]], arguments: argparse.Namespace) -> None:
+def profile_front(
+    comparison: Comparison, names: list[str], arguments: argparse.Namespace, log_dir: Path
+) -> FrontProfile:
+    """What profiled_front.py wrote after one repeat of each load."""
+    path = log_dir / "front.json"
+    server = engines.quire(arguments.model.resolve(), arguments.threads, log_dir, arguments.serve_flags, path)
+    try:
+        comparison.run_once(server, names)
+    finally:
+        server.end()
+    found: FrontProfile = json.loads(path.read_text())
+    return found
+
+
+def report(
+    comparison: Comparison,
+    saturation: dict[str, dict[str, float]],
+    front: FrontProfile | None,
+    arguments: argparse.Namespace,
+) -> None:
     dtype = str(comparison.rates[0]["dtype"])
     cost = ModelCost.of(arguments.model, ITEM_BYTES[dtype])
     rates = comparison.best_rates()
@@ -112,6 +134,8 @@ def report(comparison: Comparison, saturation: dict[str, dict[str, float]], argu
             for name, best in saturation.items()
         ]
         text += "\nSaturation of W4: " + "; ".join(lines) + ".\n"
+    if front is not None:
+        text += "\n" + front_table(front)
     print(text)
     if arguments.out is None:
         return
@@ -126,6 +150,7 @@ def report(comparison: Comparison, saturation: dict[str, dict[str, float]], argu
         ],
         "floors": {load: [asdict(each) for each in ideal] for load, ideal in ideals.items()},
         "saturation": saturation,
+        "front": front,
     }
     write_json(arguments.out.with_suffix(".json"), body)
     arguments.out.with_suffix(".md").write_text(text)
@@ -163,9 +188,11 @@ def main() -> None:
             comparison.start()
             comparison.run_rounds([name for name in names if name != SATURATION])
             saturation = comparison.saturate() if SATURATION in names else {}
+            names = [name for name in names if name != SATURATION]
+            front = profile_front(comparison, names, arguments, log_dir) if arguments.profile else None
         finally:
             comparison.end()
-        report(comparison, saturation, arguments)
+        report(comparison, saturation, front, arguments)
 
 
 if __name__ == "__main__":

@@ -123,6 +123,13 @@ class Comparison:
                 result.setdefault(key, []).append(summarize(*ideal))
         return result
 
+    def run_once(self, engine: Measured, names: list[str]) -> None:
+        """Load it without keeping the figures."""
+        for name in names:
+            self._wait_until_quiet()
+            run = engine.run(Load(name, 0, self._settings.rate), self._word_ids)
+            log(f"{engine.name} {name}/0: {shown_run(run)}")
+
     def _wait_until_quiet(self) -> None:
         processes.wait_until_quiet(self._settings.quiet_cores, self._settings.quiet_seconds)
 

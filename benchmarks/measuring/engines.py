@@ -216,9 +216,10 @@ class InProcess:
         return
 
 
-def quire(model: Path, num_threads: int, log_dir: Path, flags: str) -> Server:
-    """Quire's server, from this checkout."""
-    command = (
-        f"{shlex.quote(sys.executable)} -m quire serve {{model}} --port {{port}} --num-threads {{threads}} {flags}"
-    )
-    return Server("quire", command, model, num_threads, log_dir)
+def quire(model: Path, num_threads: int, log_dir: Path, flags: str, profile: Path | None = None) -> Server:
+    """Quire's server, from this checkout; with `profile` the front process writes there where its time goes."""
+    script = str(Path(__file__).with_name("profiled_front.py"))
+    program = ["-m", "quire"] if profile is None else [script, str(profile)]
+    places = ["{model}", "--port", "{port}", "--num-threads", "{threads}"]
+    command = shlex.join([sys.executable, *program, "serve", *places])
+    return Server("quire" if profile is None else "quire, profiled", f"{command} {flags}", model, num_threads, log_dir)

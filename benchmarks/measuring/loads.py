@@ -100,7 +100,12 @@ def make_requests(word_ids: Sequence[int], name: str, repeat: int, rate: float) 
             )
             for request in make_requests(word_ids, name, repeat % 2, rate)
         ]
-    generator = random.Random(f"{name}/{repeat}/v1")
+    return draw_requests(word_ids, workload, f"{name}/{repeat}/v1", rate)
+
+
+def draw_requests(word_ids: Sequence[int], workload: Workload, seed: str, rate: float) -> list[LoadRequest]:
+    """The requests of any workload; the same seed gives the same ones."""
+    generator = random.Random(seed)
     prefix = _draw(generator, word_ids, workload.prefix_len)
     requests, arrival = [], 0.0  # in units of the mean gap
     for _ in range(workload.num_requests):

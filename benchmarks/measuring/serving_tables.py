@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import TypedDict
 
 from measuring.engines import Run, Start
 from measuring.report import markdown_table, number
 from measuring.summary import Summary, medians, speedup
+
+
+class FrontPart(TypedDict):
+    seconds: float
+    calls: int
+
+
+class FrontProfile(TypedDict):
+    """What profiled_front.py writes: CPU seconds of the front process's event loop."""
+
+    seconds: float
+    parts: dict[str, FrontPart]
 
 
 def shown_start(start: Start) -> str:
@@ -100,3 +113,20 @@ def _median_cores(runs: Sequence[Run]) -> str:
     server = [f"{label} {statistics.median(run.cpu.server.get(label, 0.0) for run in runs):.2f}" for label in labels]
     client = statistics.median(run.cpu.client for run in runs)
     return f"{', '.join(server)} + {client:.2f} + {statistics.median(run.cpu.others for run in runs):.2f}"
+
+
+def front_table(profile: FrontProfile) -> str:
+    """CPU time of the front process by part, and for each event that it wrote."""
+    parts = sorted(profile["parts"].items(), key=lambda part: -part[1]["seconds"])
+    num_events = max(1, profile["parts"]["SSE write"]["calls"])
+    rows = [
+        [
+            name,
+            str(part["calls"] or "–"),
+            f"{1e6 * part['seconds'] / num_events:.1f}",
+            f"{100 * part['seconds'] / profile['seconds']:.0f} %",
+        ]
+        for name, part in parts
+    ]
+    text = f"Front process: {profile['seconds']:.2f} s of CPU time for {num_events} writes.\n\n"
+    return text + markdown_table(["part", "calls", "µs a write", "share"], rows)
