@@ -120,13 +120,20 @@ def report(
     runs = {load: {name: [m.run for m in each] for name, each in found.items()} for load, found in by_load.items()}
     decode = cost.step([(192, 1)], 1).seconds(rates) * 1e3
     prefill = cost.step([(0, 128)], 1).seconds(rates) * 1e3
+    disturbed = comparison.rates_were_disturbed()
     text = (
         f"{arguments.model.name}, {dtype}, {arguments.threads} threads; floor at {rates.read_bytes_per_s / 1e9:.1f} "
         f"GB/s read and {rates.operations_per_s / 1e9:.0f} GFLOP/s, the best of this run: a decode step of one "
-        f"sequence of 192 tokens {decode:.2f} ms, a prompt of 128 tokens {prefill:.2f} ms. Latencies are p50 / p99.\n\n"
+        f"sequence of 192 tokens {decode:.2f} ms, a prompt of 128 tokens {prefill:.2f} ms. "
+        "Latencies are p50 / p99; ! marks a run that others disturbed.\n\n"
+        + (
+            "Others disturbed every measurement of these rates: they are too low, and the shares of the floor too high.\n\n"
+            if disturbed
+            else ""
+        )
         + starts_table({engine.name: engine.starts for engine in comparison.engines})
         + "\n"
-        + loads_table(runs, ideals)
+        + loads_table(runs, ideals, comparison.is_disturbed)
     )
     if saturation:
         lines = [

@@ -52,7 +52,7 @@ class Comparison:
         self.measurements: list[Measurement] = []
         """One for each round, load and engine: of the tries the one that was disturbed least."""
         self.rates: list[dict[str, object]] = []
-        """What rates.py wrote, once for each round."""
+        """What rates.py wrote, and the cores that others used meanwhile."""
         self._settings = settings
         self._word_ids = loads.Words(settings.model).ids
 
@@ -83,11 +83,12 @@ class Comparison:
     def run_rounds(self, names: list[str]) -> None:
         # Repeats of one parity have the same lengths and arrivals: a further try must keep it, and have new words.
         stride = self._settings.rounds + self._settings.rounds % 2
+        self._measure_rates()
         for number in range(self._settings.rounds):
-            self._measure_rates()
             for name in names:
                 for engine in self.engines if number % 2 == 0 else self.engines[::-1]:
                     self._measure(engine, Load(name, number, self._settings.rate), stride)
+            self._measure_rates()
 
     def saturate(self) -> dict[str, dict[str, float]]:
         """Double the rate of W4 until each engine's output rate no longer rises; its best one, by engine."""
@@ -104,6 +105,13 @@ class Comparison:
                 if rate < RISE * before:
                     rising.remove(engine)
         return best
+
+    def is_disturbed(self, run: Run) -> bool:
+        return run.cpu.others > self._settings.disturbed_cores
+
+    def rates_were_disturbed(self) -> bool:
+        """Whether the floor was never measured alone: then the real one is higher."""
+        return all(float(str(each["others_cores"])) > self._settings.disturbed_cores for each in self.rates)
 
     def best_rates(self) -> MachineRates:
         """Of all rounds: a floor must not be above what was reached."""
@@ -140,7 +148,7 @@ class Comparison:
             tried = Load(load.name, load.repeat + attempt * stride, load.rate)
             tries.append((tried, engine.run(tried, self._word_ids)))
             log(f"{engine.name} {self.load_key(load)}/{tried.repeat}: {shown_run(tries[-1][1])}")
-            if tries[-1][1].cpu.others <= self._settings.disturbed_cores:
+            if not self.is_disturbed(tries[-1][1]):
                 break
         engine.rest()
         quietest, run = min(tries, key=lambda each: each[1].cpu.others)
@@ -148,11 +156,19 @@ class Comparison:
         return run
 
     def _measure_rates(self) -> None:
-        self._wait_until_quiet()
-        script = str(Path(__file__).with_name("rates.py"))
+        """Before the first round and after each; again, as long as others disturb it."""
         settings = self._settings
+        script = str(Path(__file__).with_name("rates.py"))
         command = [sys.executable, script, "--threads", str(settings.num_threads), "--model", str(settings.model)]
-        self.rates.append(json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout))
-        now = self.rates[-1]
-        read, multiply = (float(str(now[name])) / 1e9 for name in ("read_bytes_per_s", "operations_per_s"))
-        log(f"{settings.num_threads} threads read {read:.1f} GB/s and multiply {multiply:.0f} GFLOP/s ({now['dtype']})")
+        for _ in range(1 + settings.retries):
+            self._wait_until_quiet()
+            before, meter = processes.ended_children_seconds(), processes.CpuMeter()
+            now = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+            now["others_cores"] = meter.stop(processes.ended_children_seconds() - before).others
+            self.rates.append(now)
+            log(
+                f"{settings.num_threads} threads read {now['read_bytes_per_s'] / 1e9:.1f} GB/s and multiply "
+                f"{now['operations_per_s'] / 1e9:.0f} GFLOP/s ({now['dtype']}); others {now['others_cores']:.2f} cores"
+            )
+            if now["others_cores"] <= settings.disturbed_cores:
+                return

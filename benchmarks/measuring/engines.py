@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import resource
 import shlex
 import signal
 import subprocess
@@ -197,11 +196,9 @@ class InProcess:
                 model=self._model,
                 threads=self._num_threads,
             )
-            before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            meter = CpuMeter()
+            before, meter = processes.ended_children_seconds(), CpuMeter()
             ended = subprocess.run(command, stdout=output, stderr=output, check=False)
-            after = resource.getrusage(resource.RUSAGE_CHILDREN)
-            cpu = meter.stop(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+            cpu = meter.stop(processes.ended_children_seconds() - before)
             if ended.returncode != 0 or not out.exists():
                 raise SystemExit(f"{self.name} ended with {ended.returncode}; its output is in {self._log}.")
             written = json.loads(out.read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 import time
 from collections import defaultdict
@@ -49,6 +50,12 @@ def cpu_seconds(pid: int) -> float:
     """User and system time of a process; 0 if there is none."""
     fields = _stat(pid)
     return (int(fields[_USER]) + int(fields[_SYSTEM])) / _TICKS if fields else 0.0
+
+
+def ended_children_seconds() -> float:
+    """User and system time of this process's children that have ended and were waited for, and of theirs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def pss_mib(pid: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypedDict
 
 from measuring.engines import Run, Start
@@ -62,11 +62,15 @@ def starts_table(starts: Mapping[str, Sequence[Start]]) -> str:
     return markdown_table(header, rows)
 
 
-def loads_table(runs: Mapping[str, Mapping[str, Sequence[Run]]], ideals: Mapping[str, Sequence[Summary]]) -> str:
+def loads_table(
+    runs: Mapping[str, Mapping[str, Sequence[Run]]],
+    ideals: Mapping[str, Sequence[Summary]],
+    is_disturbed: Callable[[Run], bool],
+) -> str:
     """One row for each load and engine: medians of its runs.
 
     `of floor`: measured output rate / that of the ideal run. `quire ×`: how many times better Quire's median is than
-    this engine's, of the output rate, TTFT and TPOT.
+    this engine's, of the output rate, TTFT and TPOT. A run marked ! was disturbed, however often it was repeated.
     """
     rows = []
     for load, by_engine in runs.items():
@@ -74,7 +78,7 @@ def loads_table(runs: Mapping[str, Mapping[str, Sequence[Run]]], ideals: Mapping
         ours = medians([run.figures for run in by_engine["quire"]]) if "quire" in by_engine else {}
         for name, each in by_engine.items():
             figures = medians([run.figures for run in each])
-            all_rates = ", ".join(number(run.figures.output_tokens_per_s) for run in each)
+            all_rates = ", ".join(number(run.figures.output_tokens_per_s) + "!" * is_disturbed(run) for run in each)
             rate, floor = figures["output_tokens_per_s"], ideal["output_tokens_per_s"]
             ratios = [
                 number(speedup(key, ours.get(key), figures[key]))
