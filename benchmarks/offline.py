@@ -4,8 +4,8 @@
     python benchmarks/offline.py path/to/model --loads W1,W2,W3
     python benchmarks/offline.py path/to/model --batch 16 --profile
 
-The loads are those of serving.py; what is in flight at once is bounded by --max-num-seqs there, and nothing arrives
-late: W4 is all there at the beginning. The floor of each step is reckoned for the very batch that it computed, see
+The loads are those of serving.py: all requests are there at the beginning, those of W4 too, and as many run at once as
+serving.py has in flight. The floor of each step is reckoned for the very batch that it computed, see
 measuring/floors.py. --profile runs everything once more with timers around the parts of a step; its own cost shows in
 the tokens per second that it prints beside those without it.
 """

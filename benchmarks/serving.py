@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -66,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--retries", type=int, default=2, help="times that it is repeated (default: %(default)s)")
     add("--profile", action="store_true", help="also show where the front process's time goes, in runs of their own")
     add("--out", type=Path, metavar="STEM", help="write STEM.json, STEM.md and STEM.svg")
-    add("--log-dir", type=Path, help="where the servers' output goes (default: a temporary folder)")
+    add("--log-dir", type=Path, help="where the servers' output goes (default: a temporary folder, kept if one fails)")
     arguments = parser.parse_args()
     unknown = set(arguments.loads.split(",")) - {*loads.WORKLOADS, SATURATION}
     if unknown:
@@ -127,7 +128,7 @@ def report(
         f"sequence of 192 tokens {decode:.2f} ms, a prompt of 128 tokens {prefill:.2f} ms. "
         "Latencies are p50 / p99; ! marks a run that others disturbed.\n\n"
         + (
-            "Others disturbed every measurement of these rates: they are too low, and the shares of the floor too high.\n\n"
+            "Others disturbed every measurement of these rates: shares of the floor are too high.\n\n"
             if disturbed
             else ""
         )
@@ -187,19 +188,25 @@ def main() -> None:
         quiet_seconds=arguments.quiet_wait,
         disturbed_cores=arguments.disturbed,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        log_dir = arguments.log_dir or Path(folder)
-        log_dir.mkdir(parents=True, exist_ok=True)
-        comparison = Comparison(make_engines(arguments, log_dir), settings)
-        try:
-            comparison.start()
-            comparison.run_rounds([name for name in names if name != SATURATION])
-            saturation = comparison.saturate() if SATURATION in names else {}
-            names = [name for name in names if name != SATURATION]
-            front = profile_front(comparison, names, arguments, log_dir) if arguments.profile else None
-        finally:
+    log_dir = arguments.log_dir or Path(tempfile.mkdtemp(prefix="quire-serving-"))
+    log_dir.mkdir(parents=True, exist_ok=True)
+    comparison = Comparison(make_engines(arguments, log_dir), settings)
+    saturation: dict[str, dict[str, float]] = {}
+    front: FrontProfile | None = None
+    try:
+        comparison.start()
+        comparison.run_rounds([name for name in names if name != SATURATION])
+        if SATURATION in names:
+            saturation = comparison.saturate()
+        if arguments.profile:
             comparison.end()
-        report(comparison, saturation, front, arguments)
+            front = profile_front(comparison, [name for name in names if name != SATURATION], arguments, log_dir)
+    finally:
+        comparison.end()
+        if comparison.measurements:  # also when one of the engines failed later on
+            report(comparison, saturation, front, arguments)
+    if arguments.log_dir is None:
+        shutil.rmtree(log_dir)
 
 
 if __name__ == "__main__":
