@@ -15,7 +15,7 @@ class BatchBuilder:
     not depend on how it was cut, and the engine attends for decodes with another kernel.
     """
 
-    __slots__ = ("_chunks", "_single_chunks", "budget", "decodes", "drafted", "started")
+    __slots__ = ("_single_chunks", "budget", "chunks", "decodes", "drafted", "started")
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
@@ -27,30 +27,37 @@ class BatchBuilder:
         self.started: list[str] = []
         """As in ScheduledBatch; written to directly."""
         self._single_chunks: list[Sequence] = []
-        self._chunks: list[tuple[Sequence, int]] = []
+        self.chunks: dict[Sequence, int] = {}
+        """Those that compute more than one token, and how many; only `add` and `extend` write to it."""
 
     @property
     def empty(self) -> bool:
-        return not (self.decodes or self._single_chunks or self._chunks or self.drafted)
+        return not (self.decodes or self._single_chunks or self.chunks or self.drafted)
 
     def add(self, sequence: Sequence, num_tokens: int) -> None:
+        self.budget -= num_tokens
         if num_tokens > 1 or sequence.scoring_depth is not None:
-            self._chunks.append((sequence, num_tokens))
+            self.chunks[sequence] = num_tokens
         elif sequence.num_computed_tokens + 1 == len(sequence.token_ids):
             self.decodes.append(sequence)
         else:
             self._single_chunks.append(sequence)
 
+    def extend(self, sequence: Sequence, num_tokens: int) -> None:
+        """So many more for one of `chunks`."""
+        self.budget -= num_tokens
+        self.chunks[sequence] += num_tokens
+
     def drop_preempted(self) -> None:
-        """Take out the beams whose group was preempted for want of a block for one of them."""
+        """Take out whoever was preempted after its turn: for an older prompt, or with its beam group."""
         num_tokens = self._num_tokens()
         self.decodes = [sequence for sequence in self.decodes if sequence.status is RUNNING]
         self._single_chunks = [sequence for sequence in self._single_chunks if sequence.status is RUNNING]
-        self._chunks = [chunk for chunk in self._chunks if chunk[0].status is RUNNING]
+        self.chunks = {sequence: count for sequence, count in self.chunks.items() if sequence.status is RUNNING}
         self.budget += num_tokens - self._num_tokens()
 
     def _num_tokens(self) -> int:
-        return len(self.decodes) + len(self._single_chunks) + sum(num_tokens for _, num_tokens in self._chunks)
+        return len(self.decodes) + len(self._single_chunks) + sum(self.chunks.values())
 
     def build(
         self, step_id: int, block_copies: list[tuple[int, int]], block_table_updates: list[BlockTableUpdate]
@@ -59,7 +66,7 @@ class BatchBuilder:
         num_singles = len(sequences)
         num_scheduled_tokens = [1] * num_singles
         sampling = list(range(len(self.decodes)))
-        for index, (sequence, num_tokens) in enumerate(self._chunks, num_singles):
+        for index, (sequence, num_tokens) in enumerate(self.chunks.items(), num_singles):
             sequences.append(sequence)
             num_scheduled_tokens.append(num_tokens)
             if sequence.num_computed_tokens + num_tokens == len(sequence.token_ids):

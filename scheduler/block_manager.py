@@ -22,6 +22,8 @@ class CachedPrefix:
     """Tokens that need not be computed."""
     copies_last: bool = False
     """The last block is not shared but copied, because its last token is to be computed again."""
+    next_key: bytes | None = None
+    """Of the first block that is not cached, if a hit could cover it."""
 
     @property
     def num_shared_blocks(self) -> int:
@@ -59,7 +61,18 @@ class BlockManager:
         num_blocks = sequence.num_hittable_tokens // self.block_size
         self.prefix_cache.extend_keys(sequence.block_keys, sequence.token_ids, num_blocks)
         block_ids = self.prefix_cache.find(sequence.block_keys, num_blocks)
-        return CachedPrefix(block_ids, len(block_ids) * self.block_size)
+        next_key = sequence.block_keys[len(block_ids) + 1] if len(block_ids) < num_blocks else None
+        return CachedPrefix(block_ids, len(block_ids) * self.block_size, next_key=next_key)
+
+    def is_computing(self, writer: Sequence, sequence: Sequence, prefix: CachedPrefix) -> bool:
+        """Whether `writer` has yet to compute the first block that the cached prefix of a waiting sequence lacks."""
+        index = len(prefix.block_ids)
+        if prefix.next_key is None or writer.num_computed_tokens >= (index + 1) * self.block_size:
+            return False
+        depth, stored = sequence.scoring_depth, writer.scoring_depth
+        if depth is not None and (stored is None or stored < depth):
+            return False
+        return writer.block_keys[index + 1 : index + 2] == [prefix.next_key]
 
     def _find_scored_prefix(self, sequence: Sequence, depth: int) -> CachedPrefix:
         """Blocks whose log-probabilities are stored too, all but the last token.
@@ -73,9 +86,10 @@ class BlockManager:
         num_blocks = num_tokens // self.block_size
         self.prefix_cache.extend_keys(sequence.block_keys, sequence.token_ids, num_blocks)
         block_ids = self.prefix_cache.find_scored(sequence.block_keys, num_blocks, depth)
+        next_key = sequence.block_keys[len(block_ids) + 1] if len(block_ids) < num_blocks else None
         if not block_ids:
-            return NOTHING_CACHED
-        return CachedPrefix(block_ids, len(block_ids) * self.block_size - 1, copies_last=True)
+            return CachedPrefix([], 0, next_key=next_key)
+        return CachedPrefix(block_ids, len(block_ids) * self.block_size - 1, copies_last=True, next_key=next_key)
 
     def num_blocks_to_start(self, prefix: CachedPrefix, num_tokens: int) -> int:
         """Free blocks it takes to start from a cached prefix and hold `num_tokens` tokens; reviving one takes one."""

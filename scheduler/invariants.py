@@ -19,7 +19,8 @@ I14  A step stays within the token budget, and everybody in it computes at least
 I15  A live sequence is in exactly one of waiting and running.
 I16  Every choice has exactly one end, and nothing is told of it afterwards.
 I17  While anything is live, a step computes something; without new requests everything ends.
-I18  Running and waiting are in order; nobody is overtaken but who waits for a prefix that a running one computes.
+I18  Running and waiting are in order, and nobody who waits is overtaken, unless the step computes for another what it
+     would begin with, or another long prompt.
 I19  A victim is never the oldest, and with it, or with its group, a block comes free at once.
 I20  When nothing is live, nothing is held.
 I21  Eviction takes the least recently used free block.
@@ -31,11 +32,13 @@ I26  What a failed step wrote is never found.
 I28  A block that several tables share is at the same position in all of them.
 I29  A request is told the log-probabilities of its prompt once, and those that the prompt alone would have been told.
 I30  A block that is cached with log-probabilities has them, to its depth, and a deeper block takes over its key.
+I31  Nobody begins to compute a block that a prompt in the same step computes.
+I32  Who decodes is in every step, as far as budget and blocks go; beside decodes prompts take no more than they may.
 
 I2, I4, I13 and I14 are O(1) and checked in production, where the numbers change. `check_integrity` and `check_batch`
 walk what can be seen in the bookkeeping of one moment; the simulator in tests/scheduler adds contents of pages (I11,
-I25, I26, I29, I30) and the order of events (I9, I16, I17, I19, I21). Not here: I22 (a child is evicted before its
-parent) does not always hold, and I27 needs adapters.
+I25, I26, I29, I30) and the order of events (I9, I16 to I19, I21, I31, I32). Not here: I22 (a child is evicted before
+its parent) does not always hold, and I27 needs adapters.
 """
 
 from __future__ import annotations

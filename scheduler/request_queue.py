@@ -28,15 +28,8 @@ class RequestQueue:
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._sequences)
 
-    @property
-    def head(self) -> Sequence:
-        return self._sequences[0]
-
     def push(self, sequence: Sequence) -> None:
         insort(self._sequences, sequence, key=BY_ORDER)
-
-    def pop(self) -> Sequence:
-        return self._sequences.pop(0)
 
     def remove(self, sequence: Sequence) -> None:
         del self._sequences[bisect_left(self._sequences, sequence.order, key=BY_ORDER)]

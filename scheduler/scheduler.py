@@ -2,12 +2,12 @@
 
 There is no prefill phase and no decode phase. Every sequence has `num_computed_tokens`, which chases the number of its
 tokens; a step hands out a budget of tokens to compute. Chunked prefill, prefix hits, forks, preempted sequences that
-come back and plain decoding are all the same loop. (The idea is that of vLLM's v1 scheduler.)
+come back and plain decoding are all the same loop. (The idea is that of vLLM's v1 scheduler.) Decodes come first in a
+step, so that no prompt delays them by more than what a step may compute.
 """
 
 from __future__ import annotations
 
-from bisect import insort
 from dataclasses import replace
 
 from quire.config import SchedulerConfig
@@ -16,7 +16,7 @@ from quire.scheduler.admission import max_sequence_tokens
 from quire.scheduler.batch_builder import BatchBuilder
 from quire.scheduler.beam import BeamGroup
 from quire.scheduler.beam_search import BeamSearch
-from quire.scheduler.block_manager import BlockManager, CachedPrefix
+from quire.scheduler.block_manager import BlockManager
 from quire.scheduler.choices import Choices
 from quire.scheduler.output import (
     ErrorCode,
@@ -28,16 +28,12 @@ from quire.scheduler.output import (
     TokenLogProbs,
 )
 from quire.scheduler.preemption import MAX_PREEMPTIONS, choose_victims
-from quire.scheduler.prefixes_in_flight import PrefixesInFlight
+from quire.scheduler.prompts import Prompts
 from quire.scheduler.request import AdmissionError, Request
-from quire.scheduler.request_queue import BY_ORDER, RequestQueue
+from quire.scheduler.request_queue import RequestQueue
 from quire.scheduler.sequence import Sequence
 from quire.scheduler.speculation import Speculator
 from quire.scheduler.status import FINISHED, RUNNING, WAITING
-from quire.scheduler.window import first_block_in_window
-
-LONG_PROMPT_STEPS = 4
-"""A prompt with more tokens to go than so many steps have is long."""
 
 
 class Scheduler:
@@ -58,10 +54,9 @@ class Scheduler:
         self.free_rows = list(reversed(range(config.max_num_seqs)))
         self.batch: ScheduledBatch | None = None
         """What schedule() handed out and update() has not answered yet."""
+        self.prompts = Prompts(self)
         self.choices = Choices(self)
         self.beams = BeamSearch(self)
-        self._num_held = 0
-        """Of the waiting: those that the last schedule() held back."""
         self._num_arrivals = 0
         self._num_live = 0
         self._counters = SchedulerStats()
@@ -121,9 +116,12 @@ class Scheduler:
             raise RuntimeError("schedule() was called before update() answered the last batch.")
         builder = BatchBuilder(self.config.max_num_batched_tokens)
         num_preemptions = self._counters.num_preemptions
-        self._schedule_running(builder)
+        others = self._schedule_decodes(builder)
+        budget = self.prompts.budget(builder)
+        self.prompts.schedule_running(others, builder, budget)
         if self._counters.num_preemptions == num_preemptions:
-            self._schedule_waiting(builder)
+            self.prompts.schedule_waiting(builder, budget)
+            self.prompts.top_up(builder, budget)
         else:
             builder.drop_preempted()
         if self.speculator.active:
@@ -137,99 +135,32 @@ class Scheduler:
         invariants.check_limits(self.config, num_tokens, len(self.running))
         return self.batch
 
-    def _schedule_running(self, builder: BatchBuilder) -> None:
-        """The oldest first; who needs a block that is not there takes it from the newest."""
+    def _schedule_decodes(self, builder: BatchBuilder) -> list[Sequence]:
+        """The oldest first; who needs a block that is not there takes it from the newest.
+
+        Returns:
+            The others that run.
+        """
         decodes, budget = builder.decodes, builder.budget
+        others = []
         for sequence in tuple(self.running):
-            if budget == 0:
-                break
             if sequence.status is not RUNNING:
                 continue
             start = sequence.num_computed_tokens
-            num_tokens = len(sequence.token_ids) - start
-            if num_tokens == 1 and sequence.scoring_depth is None:
-                if start < sequence.block_table.capacity or self._make_room(sequence, start + 1):
-                    decodes.append(sequence)
-                    budget -= 1
-            else:  # more, or nothing: a beam that waits for the others of its group
-                num_tokens = self._limit_chunk(start, num_tokens, self._share_of_prompt(num_tokens, budget))
-                if num_tokens and self._make_room(sequence, start + num_tokens):
-                    builder.add(sequence, num_tokens)
-                    budget -= num_tokens
+            if len(sequence.token_ids) - start != 1 or sequence.scoring_depth is not None:
+                others.append(sequence)
+            elif budget and (start < sequence.block_table.capacity or self.make_room(sequence, start + 1)):
+                decodes.append(sequence)
+                budget -= 1
         builder.budget = budget
+        return others
 
-    def _share_of_prompt(self, num_tokens: int, budget: int) -> int:
-        """What a prompt of so many tokens to go may take of the budget: one that needs many steps leaves half of what
-        is left in each to those behind it, if there are any."""
-        others_wait = len(self.waiting) > self._num_held
-        if others_wait and num_tokens > LONG_PROMPT_STEPS * self.config.max_num_batched_tokens:
-            return -(-budget // 2)
-        return budget
-
-    def _schedule_waiting(self, builder: BatchBuilder) -> None:
-        """In order: nobody overtakes the head of the queue, unless that waits for what others are computing."""
-        if not self.waiting:
-            return
-        in_flight = PrefixesInFlight(self.running, self.config.block_size)
-        held: list[Sequence] = []
-        while self.waiting and builder.budget > 0:
-            sequence = self.waiting.head
-            if 1 + len(sequence.followers) > len(self.free_rows):
-                break
-            prefix = self.blocks.find_cached_prefix(sequence)
-            if in_flight.has_next(sequence, prefix):
-                held.append(self.waiting.pop())
-                continue
-            start = prefix.num_tokens
-            num_tokens = self._limit_chunk(start, len(sequence.token_ids) - start, builder.budget)
-            if num_tokens == 0 or not self._has_room(sequence, prefix, start + num_tokens):
-                break
-            self.waiting.pop()
-            if sequence.num_preemptions == 0:
-                builder.started.append(sequence.request_id)
-            self._admit(sequence, prefix, num_tokens)
-            in_flight.add(sequence)
-            builder.add(sequence, num_tokens)
-            builder.budget -= num_tokens
-        self._num_held = len(held)
-        for sequence in held:
-            self.waiting.push(sequence)
-
-    def _limit_chunk(self, start: int, num_tokens: int, budget: int) -> int:
-        """How many of `num_tokens` tokens from `start` on to compute at once."""
-        if num_tokens > budget and not self.config.enable_chunked_prefill:
-            return 0
-        first_block = first_block_in_window(start, self.config.sliding_window, self.config.block_size)
-        end_of_pool = (first_block + self.config.num_usable_blocks) * self.config.block_size
-        return min(num_tokens, budget, end_of_pool - start)
-
-    def _has_room(self, sequence: Sequence, prefix: CachedPrefix, end: int) -> bool:
-        """Whether all its tokens fit now; with a sliding window, those up to `end`.
-
-        Every row in use must keep a block to grow into, or the newest would be preempted as soon as it has begun:
-        that is a fifth of the preemptions, or fewer, at no loss of speed (benchmarks/paging.py, "pressure").
-        """
-        num_tokens = len(sequence.token_ids) if self.config.sliding_window is None else end
-        num_blocks = self.blocks.num_blocks_to_start(prefix, num_tokens)
-        num_blocks += self.beams.num_blocks_to_fork(sequence)
-        if self.running:
-            num_blocks += self.config.max_num_seqs - len(self.free_rows) + len(sequence.followers)
-        return num_blocks <= self.blocks.pool.num_free_blocks
-
-    def _admit(self, sequence: Sequence, prefix: CachedPrefix, num_tokens: int) -> None:
-        for member in (sequence, *sequence.followers):
-            member.row = self.free_rows.pop()
-        start = prefix.num_tokens
-        self.blocks.start(sequence, prefix, start + num_tokens)
-        sequence.run()
-        insort(self.running, sequence, key=BY_ORDER)
-        if sequence.num_preemptions == 0:
-            sequence.num_cached_tokens = start
+    def count_prefix_hit(self, sequence: Sequence, num_tokens: int) -> None:
         if self.config.enable_prefix_caching:
             self._counters.prefix_cache_queries += len(sequence.token_ids)
-            self._counters.prefix_cache_hits += start
+            self._counters.prefix_cache_hits += num_tokens
 
-    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+    def make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         """Give a running sequence blocks for its first `num_tokens` tokens; False if it cannot run in this step."""
         if self.config.sliding_window is not None:
             self.blocks.release_out_of_window(sequence)

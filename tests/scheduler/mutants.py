@@ -20,9 +20,10 @@ from quire.scheduler.beam_search import BeamSearch
 from quire.scheduler.block_manager import BlockManager
 from quire.scheduler.block_pool import BlockPool
 from quire.scheduler.block_table import BlockTable
+from quire.scheduler.budget import PromptBudget
 from quire.scheduler.choices import Choices
 from quire.scheduler.prefix_cache import PrefixCache
-from quire.scheduler.prefixes_in_flight import PrefixesInFlight
+from quire.scheduler.prompts import Prompts
 from quire.scheduler.request_queue import RequestQueue
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import Sequence
@@ -244,9 +245,9 @@ MUTANTS = [
     mutant(
         "I14",
         "admission does not use up the budget",
-        Scheduler,
-        "_schedule_waiting",
-        ("builder.budget -= num_tokens", "pass"),
+        PromptBudget,
+        "spend",
+        ("self.num_tokens -= num_tokens", "pass"),
     ),
     mutant(
         "I14",
@@ -297,8 +298,8 @@ MUTANTS = [
     mutant(
         "I17",
         "a group waits for more rows than there are",
-        Scheduler,
-        "_schedule_waiting",
+        Prompts,
+        "schedule_waiting",
         ("1 + len(sequence.followers)", "2 + len(sequence.followers)"),
     ),
     mutant(
@@ -318,32 +319,58 @@ MUTANTS = [
     mutant(
         "I18",
         "the newest overtakes the head of the queue",
-        Scheduler,
-        "_schedule_waiting",
-        ("sequence = self.waiting.head", "sequence = list(self.waiting)[-1]"),
-        ("        self.waiting.pop()\n", "        self.waiting.remove(sequence)\n"),
-        ("held.append(self.waiting.pop())", "held.append(sequence) or self.waiting.remove(sequence)"),
-    ),
-    mutant(
-        "I17",
-        "who needs a prefix that nobody computes is held back too",
-        PrefixesInFlight,
-        "has_next",
-        ("self._depths.get(sequence.block_keys[index])", "self._depths.get(sequence.block_keys[index], -1)"),
+        Prompts,
+        "schedule_waiting",
+        ("tuple(waiting)", "tuple(waiting)[::-1]"),
     ),
     mutant(
         "I18",
-        "waits for a block whose log-probabilities will not be stored",
-        PrefixesInFlight,
-        "has_next",
-        ("return depth is not None and depth >=", "return depth is not None and 99 >="),
+        "who fits overtakes who does not",
+        Prompts,
+        "schedule_waiting",
+        (
+            "if num_tokens == 0 or not self._has_room(sequence, prefix, start + num_tokens):\n            break",
+            "if num_tokens == 0 or not self._has_room(sequence, prefix, start + num_tokens):\n            continue",
+        ),
     ),
     mutant(
-        "I15",
-        "who was held back does not come back to the queue",
+        "I18",
+        "a sequence waits for one that has computed long ago what it would begin with",
+        BlockManager,
+        "is_computing",
+        ("writer.num_computed_tokens >= (index + 1) * self.block_size", "False"),
+    ),
+    mutant(
+        "I18",
+        "a sequence waits for another text",
+        BlockManager,
+        "is_computing",
+        ("writer.block_keys[index + 1 : index + 2] == [prefix.next_key]", "len(writer.block_keys) > index + 1"),
+    ),
+    mutant(
+        "I31",
+        "nobody waits for what is being computed",
+        Prompts,
+        "_should_wait",
+        ("any(", "False and any("),
+    ),
+    mutant(
+        "I32",
+        "prompts come before decodes",
         Scheduler,
-        "_schedule_waiting",
-        ("for sequence in held:", "for sequence in held[1:]:"),
+        "schedule",
+        ("others = self._schedule_decodes(builder)\n", "others = self.running[:]\n"),
+        (
+            "self.prompts.schedule_running(others, builder, budget)\n",
+            "self.prompts.schedule_running(others, builder, budget)\n    self._schedule_decodes(builder)\n",
+        ),
+    ),
+    mutant(
+        "I32",
+        "prompts beside decodes take more than they may",
+        Prompts,
+        "budget",
+        ("min(builder.budget, most) if", "builder.budget if"),
     ),
     mutant(
         "I19",
@@ -448,7 +475,7 @@ MUTANTS = [
         BlockManager,
         "_find_scored_prefix",
         ("num_blocks = num_tokens //", "num_blocks = (num_tokens - 1) //"),
-        ("* self.block_size - 1, copies_last=True)", "* self.block_size)"),
+        ("* self.block_size - 1, copies_last=True, ", "* self.block_size, "),
     ),
     mutant(
         "I29",

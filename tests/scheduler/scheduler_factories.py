@@ -10,6 +10,7 @@ from quire.config import SchedulerConfig
 from quire.sampling_params import SamplingParams
 from quire.scheduler.block_manager import CachedPrefix
 from quire.scheduler.output import SampledTokens, ScheduledBatch, StepOutput
+from quire.scheduler.prompts import Prompts
 from quire.scheduler.request import Request
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import Sequence
@@ -19,11 +20,18 @@ REQUEST_FIELDS = ("eos_token_ids", "priority", "cache_salt", "seed", "request_id
 _numbers = count()
 
 
-class EagerScheduler(Scheduler):
+class EagerPrompts(Prompts):
     """Admits whatever fits at this moment, so that a few tokens make a crowd."""
 
     def _has_room(self, sequence: Sequence, prefix: CachedPrefix, end: int) -> bool:
-        return self.blocks.num_blocks_to_start(prefix, end) <= self.blocks.pool.num_free_blocks
+        blocks = self._scheduler.blocks
+        return blocks.num_blocks_to_start(prefix, end) <= blocks.pool.num_free_blocks
+
+
+class EagerScheduler(Scheduler):
+    def __init__(self, config: SchedulerConfig) -> None:
+        super().__init__(config)
+        self.prompts = EagerPrompts(self)
 
 
 def make_scheduler(

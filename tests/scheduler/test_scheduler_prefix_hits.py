@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from scheduler_factories import add, finish_step, make_scheduler, run, schedule, step
 
 
@@ -27,29 +28,68 @@ def test_a_hit_shares_the_blocks_of_a_running_sequence() -> None:
     assert scheduler.blocks.pool.ref_counts[1:5] == [2, 2, 1, 1]
 
 
-def test_who_needs_what_is_being_computed_waits_for_it() -> None:
-    """Three requests with one prompt arrive at once: it is computed once. Who has another prompt overtakes them."""
-    scheduler = make_scheduler(max_num_batched_tokens=24)
-    add(scheduler, 10)
-    twins = [add(scheduler, 10)[0] for _ in range(2)]
-    (other,) = add(scheduler, prompt=[99] * 6)
+def test_a_prefix_that_many_ask_for_at_once_is_computed_once() -> None:
+    scheduler = make_scheduler(100)
+    prefix = list(range(200, 240))
+    sequences = [add(scheduler, [*prefix, index, 1, 2])[0] for index in range(8)]
+    assert schedule(scheduler).num_scheduled_tokens == [43]
+    finish_step(scheduler, scheduler.batch)
+    assert schedule(scheduler).num_scheduled_tokens == [1] + [3] * 7
+    assert [sequence.num_cached_tokens for sequence in sequences] == [0] + [40] * 7
+
+
+def test_who_shares_nothing_overtakes_those_that_wait_for_a_prefix() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=30)
+    first, second, third = add(scheduler, 10)[0], add(scheduler, 10)[0], add(scheduler, [1, 2, 3])[0]
+    assert schedule(scheduler).sequences == [first, third]
+    finish_step(scheduler, scheduler.batch)
+    assert schedule(scheduler).sequences == [first, third, second]
+
+
+def test_a_prefix_is_waited_for_chunk_by_chunk() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=8)
+    first, second = add(scheduler, 18)[0], add(scheduler, 18)[0]
+    computed = []
+    while not second.num_cached_tokens:
+        batch = schedule(scheduler)
+        computed.append(dict(zip(batch.sequences, batch.num_scheduled_tokens, strict=True)))
+        finish_step(scheduler, batch)
+    assert computed == [{first: 8}, {first: 8}, {first: 2, second: 2}]
+
+
+@pytest.mark.parametrize("end", ["abort", "failure", "abort in flight"])
+def test_when_the_writer_of_a_prefix_is_gone_the_next_computes_it(end: str) -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=40)
+    writer, second, third = (add(scheduler, 10, max_tokens=1)[0] for _ in range(3))
     batch = schedule(scheduler)
-    assert batch.num_scheduled_tokens == [10, 6]
-    assert batch.sequences[1] is other
+    if end == "abort in flight":
+        scheduler.abort(writer.request_id)
+    finish_step(scheduler, batch, None if end == "failure" else 7)
+    if end == "abort":
+        scheduler.abort(writer.request_id)
+        scheduler.reset_prefix_cache()
+    batch = schedule(scheduler)
+    assert (batch.sequences, batch.num_scheduled_tokens) == ([second], [10])
     finish_step(scheduler, batch)
-    assert sorted(schedule(scheduler).num_scheduled_tokens) == [1, 1, 2, 2]
-    assert [twin.num_cached_tokens for twin in twins] == [8, 8]
-
-
-def test_whoever_waited_computes_it_when_the_other_is_gone() -> None:
-    scheduler = make_scheduler(max_num_batched_tokens=4)
-    (first,) = add(scheduler, 10)
-    (second,) = add(scheduler, 10)
+    assert third.num_cached_tokens == 0
     step(scheduler)
-    scheduler.abort(first.request_id)
-    batch = schedule(scheduler)
-    assert batch.sequences == [second]
-    assert second.num_cached_tokens == 4
+    assert third.num_cached_tokens == 8
+
+
+def test_a_scored_prompt_waits_only_for_one_scored_as_deep() -> None:
+    scheduler = make_scheduler()
+    first = add(scheduler, 10, prompt_logprobs=1)[0]
+    deeper = add(scheduler, 10, prompt_logprobs=2)[0]
+    add(scheduler, 10, prompt_logprobs=2)
+    add(scheduler, 10)
+    assert schedule(scheduler).sequences == [first, deeper]
+
+
+def test_without_caching_nobody_waits_for_a_prefix() -> None:
+    scheduler = make_scheduler(enable_prefix_caching=False)
+    add(scheduler, 10)
+    add(scheduler, 10)
+    assert schedule(scheduler).num_scheduled_tokens == [10, 10]
 
 
 def test_output_tokens_are_cached_too() -> None:

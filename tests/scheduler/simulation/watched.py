@@ -91,16 +91,21 @@ class WatchedScheduler(Scheduler):
         self.blocks.prefix_cache = self.blocks.pool._prefix_cache = cache
         self.blocks.pool = WatchedPool(self.blocks.pool, ghost, self.marks)
         self._freed_nothing: list[set[int]] = []
+        self.sat_out: set[Sequence] = set()
+        """Who found no block in the last step."""
 
     def schedule(self):
+        self.sat_out.clear()
         batch = super().schedule()
         if self._freed_nothing:
             raise InvariantError("I19", "victims were preempted and no block came free")
         return batch
 
-    def _make_room(self, sequence: Sequence, num_tokens: int) -> bool:
+    def make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         num_preemptions = self._counters.num_preemptions
-        done = super()._make_room(sequence, num_tokens)
+        done = super().make_room(sequence, num_tokens)
+        if not done:
+            self.sat_out.add(sequence)
         if not done and self._counters.num_preemptions == num_preemptions:
             self.marks["sits out a step"] += 1
         return done

@@ -22,6 +22,8 @@ class Swarm:
     speculation: bool
     salts: tuple[str, ...]
     max_preemptions: int
+    max_prompt_tokens: int | None
+    """Most tokens of prompts beside decodes."""
     max_choices: int
     max_output: int
     prompts: tuple[tuple[int, ...], ...]
@@ -63,6 +65,7 @@ def draw_swarm(rng: random.Random) -> Swarm:
     return Swarm(
         config=config,
         max_preemptions=rng.choice((1, 2, 8)),
+        max_prompt_tokens=rng.choice((None, None, 1, 2, 5)) if chunked else None,
         vocab_size=vocab_size,
         speculation=config.speculative_config.num_speculative_tokens > 0,
         salts=rng.choice((("",), ("",), ("", "a"), ("a", "b"))),

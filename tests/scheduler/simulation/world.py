@@ -15,6 +15,7 @@ from quire.scheduler.request import AdmissionError, Request
 from quire.scheduler.sequence import Sequence
 from quire.scheduler.status import FINISHED, RUNNING
 from simulation.ghost import POISON, GhostModel, Poison, log_prob, oracle, oracle_of_prompt
+from simulation.order_checks import OrderChecks
 from simulation.watched import WatchedScheduler
 
 KEYS_EVERY = 16
@@ -36,10 +37,6 @@ class Choice:
     token_ids: list[int]
 
 
-def depth_of(sequence: Sequence) -> int:
-    return -1 if sequence.scoring_depth is None else sequence.scoring_depth
-
-
 class World:
     """`marks` counts what has happened, so that a run can show that it was worth something."""
 
@@ -51,6 +48,7 @@ class World:
         self.marks: Counter[str] = self.scheduler.marks
         self.open: dict[tuple[str, int], Choice] = {}
         """Choices that have had no end yet: neither finished nor aborted."""
+        self.order = OrderChecks(self.scheduler)
         self.num_steps = 0
         self.max_preemptions_seen = 0
         self._num_preemptions = 0
@@ -98,6 +96,7 @@ class World:
             in_flight: what happens between schedule() and update().
         """
         scheduler = self.scheduler
+        self.order.before_step()
         batch = scheduler.schedule()
         if batch is None:
             if self.open:
@@ -143,6 +142,7 @@ class World:
         if num_live != len(self.open):
             raise InvariantError("I16", f"{num_live} choices are live, {len(self.open)} should be")
         invariants.check_batch(scheduler, batch)
+        self.order.check(batch)
         self.marks["copy of a partial block"] += len(batch.block_copies)
         self.marks["chunk"] += len(batch.sampling) < len(batch.sequences)
         self.marks["draft in a batch with a preemption"] += bool(
@@ -151,36 +151,11 @@ class World:
         self._num_preemptions = scheduler.stats().num_preemptions
         block_size = self.config.block_size
         targets = {target for _, target in batch.block_copies}
-        first_waiting = min(
-            (each.order for each in scheduler.waiting if not self._waits_for_prefix(each)), default=None
-        )
         for sequence in batch.sequences:
             self.marks["look-ahead block"] += sequence.block_table.capacity >= len(sequence.token_ids) + block_size
             done = self._progress.get(sequence)
             if done != (sequence.num_computed_tokens, sequence.num_preemptions):
-                self._check_start(sequence, done, first_waiting, targets)
-
-    def _waits_for_prefix(self, sequence: Sequence) -> bool:
-        """Whether one that runs has still to compute a block, of tokens it knows, that this one can use.
-
-        By tokens, not by the scheduler's keys. Any such block will do: which one was missing first may have changed
-        since, by what the step took from the pool.
-        """
-        if not self.config.enable_prefix_caching:
-            return False
-        block_size = self.config.block_size
-        usable = len(sequence.token_ids) if sequence.scoring_depth is not None else sequence.num_hittable_tokens
-        for other in self.scheduler.running:
-            end = (other.num_computed_tokens // block_size + 1) * block_size
-            if (
-                end <= min(usable, len(other.token_ids))
-                and other.token_ids[:end] == sequence.token_ids[:end]
-                and other.request.cache_salt == sequence.request.cache_salt
-                and (sequence.scoring_depth is None or depth_of(other) >= sequence.scoring_depth)
-            ):
-                self.marks["held back for a prefix in flight"] += 1
-                return True
-        return False
+                self._check_start(sequence, done, targets, batch)
 
     def _num_computed(self, batch: ScheduledBatch, sampled: list[int | None]) -> list[int]:
         """What the step adds to each sequence's computed tokens: wrong drafts, and those behind them, do not count."""
@@ -203,8 +178,8 @@ class World:
         self,
         sequence: Sequence,
         done: tuple[int, int] | None,
-        first_waiting: tuple[int, int, int] | None,
         copy_targets: set[int],
+        batch: ScheduledBatch,
     ) -> None:
         """A sequence that is not where the last step left it: admitted, forked, or back after a preemption."""
         computed, num_preemptions = sequence.num_computed_tokens, sequence.num_preemptions
@@ -215,8 +190,8 @@ class World:
         if sequence.beam is not None and computed >= sequence.num_prompt_tokens:
             is_fork = True
             self.marks["beam forks" if num_preemptions == 0 else "beam forks after a preemption"] += 1
-        if first_waiting is not None and first_waiting < sequence.order and not is_fork:
-            raise InvariantError("I18", f"overtook the head of the queue: {sequence}")
+        if not is_fork:
+            self.order.check_admitted(sequence, batch)
         marks, table = self.marks, sequence.block_table
         if sequence.scoring_depth is not None and computed:
             marks["scoring hit"] += 1

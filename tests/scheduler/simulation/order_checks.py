@@ -1,0 +1,112 @@
+"""Who is in a step and who is not: I18, I31, I32, judged from tokens alone."""
+
+from __future__ import annotations
+
+from quire.scheduler.budget import LONG_PROMPT_STEPS
+from quire.scheduler.invariants import InvariantError
+from quire.scheduler.output import ScheduledBatch
+from quire.scheduler.sequence import Sequence
+from simulation.watched import WatchedScheduler
+
+
+class OrderChecks:
+    def __init__(self, scheduler: WatchedScheduler) -> None:
+        self._scheduler = scheduler
+        self._num_evictions = 0
+        self._decoding: list[Sequence] = []
+
+    def before_step(self) -> None:
+        scheduler = self._scheduler
+        self._num_evictions = scheduler.marks["eviction"]
+        self._decoding = [sequence for sequence in scheduler.running if decodes(sequence)]
+
+    def check(self, batch: ScheduledBatch) -> None:
+        """I32."""
+        scheduler, config, marks = self._scheduler, self._scheduler.config, self._scheduler.marks
+        computing = set(batch.sequences)
+        num_decodes = sum(sequence in computing for sequence in self._decoding)
+        left_out = [sequence for sequence in self._decoding if sequence not in computing]
+        left_out = [sequence for sequence in left_out if sequence in scheduler.running]
+        if num_decodes < config.max_num_batched_tokens and not scheduler.sat_out.issuperset(left_out):
+            raise InvariantError("I32", f"could decode, and is not in the step: {left_out}")
+        num_drafts = sum(map(len, batch.drafts.values()))
+        num_prompt_tokens = batch.num_tokens - num_decodes - num_drafts
+        limit = scheduler.prompts.max_num_tokens
+        if num_decodes and limit is not None:
+            if num_prompt_tokens > limit:
+                raise InvariantError("I32", f"{num_prompt_tokens} tokens of prompts beside decodes, {limit} may be")
+            marks["prompts limited beside decodes"] += num_prompt_tokens == limit
+
+    def check_admitted(self, sequence: Sequence, batch: ScheduledBatch) -> None:
+        """I18 and I31, of one that begins in this step, and not as a fork."""
+        scheduler, marks = self._scheduler, self._scheduler.marks
+        block_size = scheduler.config.block_size
+        position = batch.sequences.index(sequence)
+        writers = [] if position < batch.num_decodes else batch.sequences[batch.num_decodes : position]
+        num_found = sequence.num_computed_tokens // block_size
+        if sequence.scoring_depth is not None:  # its last cached token is computed again
+            num_found = (sequence.num_computed_tokens + 1) // block_size
+        end = (num_found + 1) * block_size
+        writers = [writer for writer in writers if len(writer.block_keys) > end // block_size]
+        if any(writes_for(writer, sequence, end) for writer in writers) and can_hit(scheduler, sequence, end):
+            raise InvariantError("I31", f"computes what another does: {sequence}")
+        for waiting in scheduler.waiting:
+            if waiting.order >= sequence.order:
+                break
+            if not self._waits_for_good_reason(waiting, batch):
+                raise InvariantError("I18", f"{sequence} overtook {waiting}")
+            marks["overtaking for a good reason"] += 1
+
+    def _waits_for_good_reason(self, waiting: Sequence, batch: ScheduledBatch) -> bool:
+        scheduler = self._scheduler
+        others = [other for other in batch.sequences if not decodes(other)]
+        block_size = scheduler.config.block_size
+        for writer in others:
+            first = writer.num_computed_tokens // block_size
+            if scheduler.marks["eviction"] == self._num_evictions:
+                missing = [
+                    index for index, key in enumerate(waiting.block_keys[1:]) if not is_found(scheduler, key, waiting)
+                ]
+                if scheduler.config.sliding_window is None and missing and missing[0] < first:
+                    continue
+            if writes_for(writer, waiting, (first + 1) * block_size) and scheduler.config.enable_prefix_caching:
+                return True
+        long_from = scheduler.config.max_num_batched_tokens
+        if scheduler.prompts.max_num_tokens is not None:
+            long_from = min(long_from, scheduler.prompts.max_num_tokens)
+        lengths = [len(other.token_ids) - other.num_computed_tokens for other in others]
+        return len(waiting.token_ids) > LONG_PROMPT_STEPS * long_from < max(lengths, default=0)
+
+
+def decodes(sequence: Sequence) -> bool:
+    return len(sequence.token_ids) - sequence.num_computed_tokens == 1 and sequence.scoring_depth is None
+
+
+def is_found(scheduler: WatchedScheduler, key: bytes, sequence: Sequence) -> bool:
+    cache = scheduler.blocks.prefix_cache
+    block_id = cache._block_ids.get(key)
+    if block_id is None or sequence.scoring_depth is None:
+        return block_id is not None
+    stored = cache.depth_of(block_id)
+    return stored is not None and stored >= sequence.scoring_depth
+
+
+def writes_for(writer: Sequence, sequence: Sequence, end: int) -> bool:
+    """Whether the writer has yet to compute all of the block that ends at `end`, with what the sequence has there."""
+    depth = sequence.scoring_depth
+    return (
+        writer is not sequence
+        and writer.num_computed_tokens < end <= len(writer.token_ids)
+        and writer.token_ids[:end] == sequence.token_ids[:end]
+        and writer.request.cache_salt == sequence.request.cache_salt
+        and (depth is None or (writer.scoring_depth is not None and writer.scoring_depth >= depth))
+    )
+
+
+def can_hit(scheduler: WatchedScheduler, sequence: Sequence, end: int) -> bool:
+    """Whether a prefix hit could cover `end` tokens."""
+    if not scheduler.config.enable_prefix_caching:
+        return False
+    if sequence.scoring_depth is None:
+        return end <= sequence.num_hittable_tokens
+    return end <= len(sequence.token_ids) <= scheduler.config.max_pool_tokens - scheduler.config.block_size
