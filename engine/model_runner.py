@@ -12,7 +12,7 @@ from quire.kernels.argmax import argmax
 from quire.kernels.cpu_recording import Arena, NotRecordableError
 from quire.kernels.cpu_sized_recording import SizedRecording, Sizes, record_for_sizes
 from quire.models.forward_batch import ForwardBatch
-from quire.models.layers.attention import KVCache
+from quire.models.kv_cache import KVCache
 from quire.models.model import Model
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class ModelRunner:
     def run(self, inputs: ForwardBatch, num_sampled: int) -> ModelOutput:
         """Compute a step."""
         memory = self._memory
-        if memory is not None and inputs.token_ids.data_ptr() == memory.token_ids.ctypes.data and self._is_recorded():
+        if memory is not None and inputs.token_ids.data_ptr() == memory.token_ids.ctypes.data and self.record():
             return self._replay(inputs, num_sampled)
         hidden = self._model.forward(inputs, self._kv_caches)
         return ModelOutput(self._model.logits(hidden[:num_sampled]), None, hidden[num_sampled:])
@@ -68,8 +68,8 @@ class ModelRunner:
         logits, best, hidden = self._mixed.outputs
         return ModelOutput(logits[:num_sampled], best[:num_sampled], hidden[num_sampled:num_logits])
 
-    def _is_recorded(self) -> bool:
-        """Record, if that was not tried yet."""
+    def record(self) -> bool:
+        """Record the steps of a CPU, if that was not tried yet; False if they cannot be."""
         if self._decodes is None and self._memory is not None:
             try:
                 self._record(self._memory)

@@ -189,6 +189,11 @@ class Recording:
 class _OnlyViews(TorchDispatchMode):
     """Lets through what makes views; whatever else torch is asked for would be missing in a replay."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch would import its compiler, for most of a second and 80 MB, only to keep it away from here."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returned = func._schema.returns
         if not all(value.alias_info is not None and not value.alias_info.is_write for value in returned):

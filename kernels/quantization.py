@@ -1,7 +1,7 @@
 """int8 pages: how a token's key or value becomes codes and a scale, and how pages of either kind are read. Plain torch.
 
 Each token has a scale of its own for each KV head. One scale for a whole page would have to grow with the tokens that
-come later, and those before would be rounded again: what a page holds would depend on how the prompt was cut into steps.
+come later, and those before would be rounded again: what a page holds would depend on how a prompt was cut into steps.
 With its own scale a token's codes depend on nothing but the token, and no write touches what another one wrote.
 """
 
@@ -11,7 +11,7 @@ import torch
 
 LARGEST_CODE = 127
 SMALLEST_RANGE = 2.0**-100
-"""The largest magnitude of a vector counts as at least this: its inverse stays finite, and zeros need no special case."""
+"""The largest magnitude of a vector counts as at least this: its inverse is finite, and zeros need no special case."""
 
 
 def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,8 +24,9 @@ _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float1
 class Weights:
     """Tensors by name, in one dtype and on one device; each is taken once.
 
-    A tensor is read through a buffer of CHUNK_BYTES into the memory it will stay in, so loading takes one copy of the
-    weights and little more, whatever the dtype on disk.
+    A tensor is read straight into the memory it will stay in, or through a buffer of CHUNK_BYTES where dtype or device
+    are others, so loading takes one copy of the weights and little more. Files are read and never mapped: a mapped file
+    that is overwritten later would change the model in silence, and one that is cut short would kill the process.
 
     Args:
         progress: called with (bytes of the files read so far, bytes in all).
@@ -110,19 +111,25 @@ class Weights:
     def _read(self, entry: TensorEntry, out: torch.Tensor) -> None:
         """Fill `out`, contiguous and of as many elements as the entry."""
         flat = out.view(-1)
-        for start, values in self._chunks(entry):
-            flat[start : start + len(values)].copy_(values)
+        in_place = out.dtype == _TORCH_DTYPES[entry.dtype] and out.device.type == "cpu"
+        for start, values in self._chunks(entry, flat if in_place else None):
+            if not in_place:
+                flat[start : start + len(values)].copy_(values)
 
-    def _chunks(self, entry: TensorEntry) -> Iterator[tuple[int, torch.Tensor]]:
-        """(index of the first, elements as stored) piece by piece; a piece is valid until the next is asked for."""
+    def _chunks(self, entry: TensorEntry, target: torch.Tensor | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+        """(index of the first, elements as stored) piece by piece; a piece is part of the flat `target`, or without one
+        valid until the next is asked for.
+        """
         dtype = _TORCH_DTYPES[entry.dtype]
         num_elements = math.prod(entry.shape)
-        buffer = torch.empty(min(num_elements, CHUNK_BYTES // dtype.itemsize), dtype=dtype)
+        step = max(1, min(num_elements, CHUNK_BYTES // dtype.itemsize))
+        buffer = torch.empty(step, dtype=dtype) if target is None else target
         try:
             with entry.path.open("rb", buffering=0) as file:
                 file.seek(entry.start)
-                for start in range(0, num_elements, max(1, len(buffer))):
-                    values = buffer[: num_elements - start]
+                for start in range(0, num_elements, step):
+                    begin = 0 if target is None else start
+                    values = buffer[begin : begin + min(step, num_elements - start)]
                     _fill(values.view(torch.uint8).numpy().data, file.readinto, entry.path)
                     yield start, values
                     self._done += values.nbytes

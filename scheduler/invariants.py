@@ -19,7 +19,7 @@ I14  A step stays within the token budget, and everybody in it computes at least
 I15  A live sequence is in exactly one of waiting and running.
 I16  Every choice has exactly one end, and nothing is told of it afterwards.
 I17  While anything is live, a step computes something; without new requests everything ends.
-I18  Running and waiting are in order, and nobody overtakes the head of the queue.
+I18  Running and waiting are in order; nobody is overtaken but who waits for a prefix that a running one computes.
 I19  A victim is never the oldest, and with it, or with its group, a block comes free at once.
 I20  When nothing is live, nothing is held.
 I21  Eviction takes the least recently used free block.

@@ -28,12 +28,16 @@ from quire.scheduler.output import (
     TokenLogProbs,
 )
 from quire.scheduler.preemption import MAX_PREEMPTIONS, choose_victims
+from quire.scheduler.prefixes_in_flight import PrefixesInFlight
 from quire.scheduler.request import AdmissionError, Request
 from quire.scheduler.request_queue import BY_ORDER, RequestQueue
 from quire.scheduler.sequence import Sequence
 from quire.scheduler.speculation import Speculator
 from quire.scheduler.status import FINISHED, RUNNING, WAITING
 from quire.scheduler.window import first_block_in_window
+
+LONG_PROMPT_STEPS = 4
+"""A prompt with more tokens to go than so many steps have is long."""
 
 
 class Scheduler:
@@ -56,6 +60,8 @@ class Scheduler:
         """What schedule() handed out and update() has not answered yet."""
         self.choices = Choices(self)
         self.beams = BeamSearch(self)
+        self._num_held = 0
+        """Of the waiting: those that the last schedule() held back."""
         self._num_arrivals = 0
         self._num_live = 0
         self._counters = SchedulerStats()
@@ -146,19 +152,34 @@ class Scheduler:
                     decodes.append(sequence)
                     budget -= 1
             else:  # more, or nothing: a beam that waits for the others of its group
-                num_tokens = self._limit_chunk(start, num_tokens, budget)
+                num_tokens = self._limit_chunk(start, num_tokens, self._share_of_prompt(num_tokens, budget))
                 if num_tokens and self._make_room(sequence, start + num_tokens):
                     builder.add(sequence, num_tokens)
                     budget -= num_tokens
         builder.budget = budget
 
+    def _share_of_prompt(self, num_tokens: int, budget: int) -> int:
+        """What a prompt of so many tokens to go may take of the budget: one that needs many steps leaves half of what
+        is left in each to those behind it, if there are any."""
+        others_wait = len(self.waiting) > self._num_held
+        if others_wait and num_tokens > LONG_PROMPT_STEPS * self.config.max_num_batched_tokens:
+            return -(-budget // 2)
+        return budget
+
     def _schedule_waiting(self, builder: BatchBuilder) -> None:
-        """Strictly in order: nobody overtakes the head of the queue."""
+        """In order: nobody overtakes the head of the queue, unless that waits for what others are computing."""
+        if not self.waiting:
+            return
+        in_flight = PrefixesInFlight(self.running, self.config.block_size)
+        held: list[Sequence] = []
         while self.waiting and builder.budget > 0:
             sequence = self.waiting.head
             if 1 + len(sequence.followers) > len(self.free_rows):
                 break
             prefix = self.blocks.find_cached_prefix(sequence)
+            if in_flight.has_next(sequence, prefix):
+                held.append(self.waiting.pop())
+                continue
             start = prefix.num_tokens
             num_tokens = self._limit_chunk(start, len(sequence.token_ids) - start, builder.budget)
             if num_tokens == 0 or not self._has_room(sequence, prefix, start + num_tokens):
@@ -167,8 +188,12 @@ class Scheduler:
             if sequence.num_preemptions == 0:
                 builder.started.append(sequence.request_id)
             self._admit(sequence, prefix, num_tokens)
+            in_flight.add(sequence)
             builder.add(sequence, num_tokens)
             builder.budget -= num_tokens
+        self._num_held = len(held)
+        for sequence in held:
+            self.waiting.push(sequence)
 
     def _limit_chunk(self, start: int, num_tokens: int, budget: int) -> int:
         """How many of `num_tokens` tokens from `start` on to compute at once."""

@@ -53,10 +53,12 @@ def pack(weight: torch.Tensor, *, gated: bool = False) -> PackedWeight:
     require(weight.dtype in KERNEL_DTYPES, "weight must be float32, float16 or bfloat16", weight)
     require(not gated or num_features % 2 == 0, "a gated weight has an even number of rows", weight)
     panels = in_panels(weight, gated)  # [P, PANEL, K]
-    if weight.dtype == torch.bfloat16:
-        panels = F.pad(panels, (0, depth % 2)).unflatten(2, (-1, 2))
+    if weight.dtype == torch.bfloat16:  # two inputs travel as one integer, which is a few times as fast
+        panels = F.pad(panels, (0, depth % 2)).contiguous().view(torch.int32)
     laid_out = panels.transpose(1, 2)
-    data = WEIGHT_MEMORY.empty(tuple(laid_out.shape), weight.dtype).copy_(laid_out)
+    data = WEIGHT_MEMORY.empty(tuple(laid_out.shape), laid_out.dtype).copy_(laid_out)
+    if weight.dtype == torch.bfloat16:
+        data = data.view(torch.bfloat16).unflatten(2, (-1, 2))
     return PackedWeight(data, num_features // 2 if gated else num_features, depth, gated)
 
 

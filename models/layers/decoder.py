@@ -9,7 +9,8 @@ import torch
 from quire.kernels.take_rows import take_rows
 from quire.models.config import ModelConfig
 from quire.models.forward_batch import ForwardBatch
-from quire.models.layers.attention import KVCache, RotaryAttention
+from quire.models.kv_cache import KVCache
+from quire.models.layers.attention import RotaryAttention
 from quire.models.layers.embedding import load_embedding_and_head
 from quire.models.layers.mlp import GatedMLP
 from quire.models.layers.norm import RMSNorm

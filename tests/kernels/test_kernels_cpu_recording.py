@@ -156,3 +156,16 @@ def test_what_does_not_follow_from_the_sizes_is_refused() -> None:
         record_for_sizes(Arena(), bent, (2,), (50,), 50)
     with pytest.raises(NotRecordableError, match="which kernels run"):
         record_for_sizes(Arena(), branching, (2,), (50,), 50)
+
+
+def test_recording_does_not_import_the_compiler_of_torch() -> None:
+    """The first step that was recorded took most of a second for it, and the process 80 MB more from then on."""
+    code = (
+        "import sys, torch\n"
+        "from quire.kernels.cpu_recording import Arena, record\n"
+        "x = torch.zeros(4)\n"
+        "with record(Arena()):\n"
+        "    x.view(2, 2)\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

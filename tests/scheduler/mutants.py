@@ -22,6 +22,7 @@ from quire.scheduler.block_pool import BlockPool
 from quire.scheduler.block_table import BlockTable
 from quire.scheduler.choices import Choices
 from quire.scheduler.prefix_cache import PrefixCache
+from quire.scheduler.prefixes_in_flight import PrefixesInFlight
 from quire.scheduler.request_queue import RequestQueue
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import Sequence
@@ -320,7 +321,29 @@ MUTANTS = [
         Scheduler,
         "_schedule_waiting",
         ("sequence = self.waiting.head", "sequence = list(self.waiting)[-1]"),
-        ("self.waiting.pop()", "self.waiting.remove(sequence)"),
+        ("        self.waiting.pop()\n", "        self.waiting.remove(sequence)\n"),
+        ("held.append(self.waiting.pop())", "held.append(sequence) or self.waiting.remove(sequence)"),
+    ),
+    mutant(
+        "I17",
+        "who needs a prefix that nobody computes is held back too",
+        PrefixesInFlight,
+        "has_next",
+        ("self._depths.get(sequence.block_keys[index])", "self._depths.get(sequence.block_keys[index], -1)"),
+    ),
+    mutant(
+        "I18",
+        "waits for a block whose log-probabilities will not be stored",
+        PrefixesInFlight,
+        "has_next",
+        ("return depth is not None and depth >=", "return depth is not None and 99 >="),
+    ),
+    mutant(
+        "I15",
+        "who was held back does not come back to the queue",
+        Scheduler,
+        "_schedule_waiting",
+        ("for sequence in held:", "for sequence in held[1:]:"),
     ),
     mutant(
         "I19",

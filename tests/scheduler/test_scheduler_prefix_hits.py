@@ -27,12 +27,29 @@ def test_a_hit_shares_the_blocks_of_a_running_sequence() -> None:
     assert scheduler.blocks.pool.ref_counts[1:5] == [2, 2, 1, 1]
 
 
-def test_what_is_computed_in_the_same_step_is_not_hit() -> None:
-    scheduler = make_scheduler()
+def test_who_needs_what_is_being_computed_waits_for_it() -> None:
+    """Three requests with one prompt arrive at once: it is computed once. Who has another prompt overtakes them."""
+    scheduler = make_scheduler(max_num_batched_tokens=24)
     add(scheduler, 10)
+    twins = [add(scheduler, 10)[0] for _ in range(2)]
+    (other,) = add(scheduler, prompt=[99] * 6)
+    batch = schedule(scheduler)
+    assert batch.num_scheduled_tokens == [10, 6]
+    assert batch.sequences[1] is other
+    finish_step(scheduler, batch)
+    assert sorted(schedule(scheduler).num_scheduled_tokens) == [1, 1, 2, 2]
+    assert [twin.num_cached_tokens for twin in twins] == [8, 8]
+
+
+def test_whoever_waited_computes_it_when_the_other_is_gone() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=4)
+    (first,) = add(scheduler, 10)
     (second,) = add(scheduler, 10)
-    assert schedule(scheduler).num_scheduled_tokens == [10, 10]
-    assert second.num_cached_tokens == 0
+    step(scheduler)
+    scheduler.abort(first.request_id)
+    batch = schedule(scheduler)
+    assert batch.sequences == [second]
+    assert second.num_cached_tokens == 4
 
 
 def test_output_tokens_are_cached_too() -> None:

@@ -36,6 +36,10 @@ class Choice:
     token_ids: list[int]
 
 
+def depth_of(sequence: Sequence) -> int:
+    return -1 if sequence.scoring_depth is None else sequence.scoring_depth
+
+
 class World:
     """`marks` counts what has happened, so that a run can show that it was worth something."""
 
@@ -147,12 +151,36 @@ class World:
         self._num_preemptions = scheduler.stats().num_preemptions
         block_size = self.config.block_size
         targets = {target for _, target in batch.block_copies}
-        first_waiting = scheduler.waiting.head.order if scheduler.waiting else None
+        first_waiting = min(
+            (each.order for each in scheduler.waiting if not self._waits_for_prefix(each)), default=None
+        )
         for sequence in batch.sequences:
             self.marks["look-ahead block"] += sequence.block_table.capacity >= len(sequence.token_ids) + block_size
             done = self._progress.get(sequence)
             if done != (sequence.num_computed_tokens, sequence.num_preemptions):
                 self._check_start(sequence, done, first_waiting, targets)
+
+    def _waits_for_prefix(self, sequence: Sequence) -> bool:
+        """Whether one that runs has still to compute a block, of tokens it knows, that this one can use.
+
+        By tokens, not by the scheduler's keys. Any such block will do: which one was missing first may have changed
+        since, by what the step took from the pool.
+        """
+        if not self.config.enable_prefix_caching:
+            return False
+        block_size = self.config.block_size
+        usable = len(sequence.token_ids) if sequence.scoring_depth is not None else sequence.num_hittable_tokens
+        for other in self.scheduler.running:
+            end = (other.num_computed_tokens // block_size + 1) * block_size
+            if (
+                end <= min(usable, len(other.token_ids))
+                and other.token_ids[:end] == sequence.token_ids[:end]
+                and other.request.cache_salt == sequence.request.cache_salt
+                and (sequence.scoring_depth is None or depth_of(other) >= sequence.scoring_depth)
+            ):
+                self.marks["held back for a prefix in flight"] += 1
+                return True
+        return False
 
     def _num_computed(self, batch: ScheduledBatch, sampled: list[int | None]) -> list[int]:
         """What the step adds to each sequence's computed tokens: wrong drafts, and those behind them, do not count."""
