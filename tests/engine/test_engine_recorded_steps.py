@@ -1,4 +1,4 @@
-"""Steps that are replayed on a CPU give what the model itself gives, bit for bit, and every family that can is replayed."""
+"""Steps that are replayed on a CPU give what the model itself gives, bit for bit."""
 
 from __future__ import annotations
 
