@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 
@@ -84,7 +83,7 @@ class Figures:
 
 
 class PrefillFirst(Scheduler):
-    """What many servers did, as a peer: whole prompts, alone, as soon as they have arrived; nobody decodes meanwhile."""
+    """As a peer: whole prompts, alone, as soon as they have arrived; nobody decodes meanwhile."""
 
     def _schedule_decodes(self, builder: BatchBuilder) -> list[Sequence]:
         prompts = BatchBuilder(builder.budget)
@@ -231,7 +230,7 @@ def report_long(cost: StepCost) -> None:
 
 
 def capacity(make: Callable[[], Scheduler], cost: StepCost, max_itl: float, max_ttft: float) -> float:
-    """Most requests a second, to a tenth, at which 99 % of the times between tokens, and 90 % of the first, are kept."""
+    """Most requests a second, to a tenth, at which 99 % of ITL and 90 % of TTFT are within their limits, seconds."""
     low, high = 0, 200
     while high - low > 1:
         middle = (low + high) // 2
@@ -243,7 +242,7 @@ def capacity(make: Callable[[], Scheduler], cost: StepCost, max_itl: float, max_
 
 
 def report_capacity(cost: StepCost) -> None:
-    print("\nRequests a second with 99 % of ITL within the limit and 90 % of TTFT within 2 s (64 to 512 in, 32 to 96 out)")
+    print("\nRequests a second with 99 % of ITL within a limit and 90 % of TTFT within 2 s (64 to 512 in, 32 to 96 out)")
     names = ("prefill first", "2048", "256", "128", "64")
     print(f"  {'ITL limit':<12}" + "".join(f"{name:>15}" for name in names))
     for limit in (0.05, 0.1, 0.2):

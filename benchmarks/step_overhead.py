@@ -35,7 +35,7 @@ def measure(num_sequences: int, num_steps: int) -> dict[str, float]:
         max_model_len=MAX_MODEL_LEN,
     )
     scheduler = Scheduler(config)
-    inputs = InputBuilder(num_sequences, MAX_MODEL_LEN, config.block_size, torch.device("cpu"))
+    inputs = InputBuilder(num_sequences, num_sequences, MAX_MODEL_LEN, config.block_size, torch.device("cpu"))
     params = SamplingParams(temperature=0.0, max_tokens=MAX_MODEL_LEN - PROMPT_LEN, ignore_eos=True)
     for index in range(num_sequences):
         prompt = [(index * 7919 + position) % 32000 for position in range(PROMPT_LEN)]

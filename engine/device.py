@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
 
-from quire.config import ConfigError, EngineConfig
+from quire.config import ConfigError, EngineConfig, Quantization
+from quire.kernels.quantized_linear import is_fast_here
+
+log = logging.getLogger(__name__)
+
+MAX_STEP_BUDGET = 2048
+CPU_TOKENS_PER_THREAD = 64
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -34,6 +41,23 @@ def choose_dtype(config: EngineConfig, checkpoint_dtype: str, device: torch.devi
     return DTYPES.get(checkpoint_dtype, torch.float32)
 
 
+def choose_quantization(config: EngineConfig, device: torch.device) -> Quantization | None:
+    """As it was asked for; says in one line when this processor is not made for it."""
+    if config.quantization is None:
+        return None
+    if device.type != "cpu":
+        raise ConfigError(
+            f"--quantization {config.quantization} is for CPUs; on a GPU leave it out, or add --device cpu."
+        )
+    if not is_fast_here():
+        log.warning(
+            "--quantization %s: this processor has no instruction for products of bytes (AVX-VNNI); without the flag "
+            "it may be faster.",
+            config.quantization,
+        )
+    return config.quantization
+
+
 def cpu_has_bfloat16() -> bool:
     """Whether the processor multiplies bfloat16 itself; without it bfloat16 is slower than float32."""
     try:
@@ -41,6 +65,23 @@ def cpu_has_bfloat16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags
+
+
+def choose_kv_cache_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
+    return torch.int8 if config.kv_cache_dtype == "int8" else dtype
+
+
+def choose_step_budget(config: EngineConfig, device: torch.device, max_num_seqs: int) -> int:
+    """Tokens of one step, unless the configuration says.
+
+    A CPU's matrix products are as fast as they get with some 64 rows a thread, and bound by arithmetic from there on:
+    more tokens in a step only have every prompt wait for the others, and all decodes for the step.
+    """
+    if config.max_num_batched_tokens is not None:
+        return config.max_num_batched_tokens
+    if device.type != "cpu" or not config.enable_chunked_prefill:
+        return MAX_STEP_BUDGET
+    return min(max(CPU_TOKENS_PER_THREAD * torch.get_num_threads(), 128, 2 * max_num_seqs), MAX_STEP_BUDGET)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

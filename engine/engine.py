@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from quire.config import EngineConfig, SchedulerConfig
-from quire.engine.device import choose_device, choose_dtype, dtype_name
+from quire.engine.device import (
+    choose_device,
+    choose_dtype,
+    choose_kv_cache_dtype,
+    choose_quantization,
+    choose_step_budget,
+    dtype_name,
+)
 from quire.engine.grammar.factory import GrammarFactory
 from quire.engine.inputs import InputBuilder
 from quire.engine.kv_storage import KVStorage
@@ -20,7 +28,7 @@ from quire.engine.model_runner import ModelRunner
 from quire.engine.prompt_log_probs import PromptLogProbs
 from quire.engine.sampler import Sampler
 from quire.engine.stop_texts import StopTextsFactory
-from quire.engine.warm_up import warm_up
+from quire.engine.warm_up import load_cpu_kernels, warm_up
 from quire.grammar import Grammar, GrammarError
 from quire.models.config import ModelConfig
 from quire.models.loading import load_model
@@ -56,15 +64,21 @@ class Engine:
         directory = Path(config.model)
         model_config = ModelConfig.from_hf(directory)
         dtype = choose_dtype(config, model_config.checkpoint_dtype, device)
-        self._model = load_model(
-            directory,
-            model_config,
-            dtype=dtype,
-            device=device,
-            max_model_len=config.max_model_len,
-            progress=lambda done, total: progress("weights", done, total),
-        )
+        with ThreadPoolExecutor(1, thread_name_prefix="quire-kernels") as background:
+            kernels = background.submit(load_cpu_kernels) if device.type == "cpu" else None
+            self._model = load_model(
+                directory,
+                model_config,
+                dtype=dtype,
+                device=device,
+                max_model_len=config.max_model_len,
+                quantization=choose_quantization(config, device),
+                progress=lambda done, total: progress("weights", done, total),
+            )
+        if kernels is not None:
+            kernels.result()
         max_num_seqs = config.max_num_seqs or DEFAULT_MAX_NUM_SEQS[device.type]
+        step_budget = choose_step_budget(config, device, max_num_seqs)
         budget = plan_memory(
             config,
             model_config,
@@ -72,13 +86,15 @@ class Engine:
             dtype=dtype,
             device=device,
             max_num_seqs=max_num_seqs,
+            step_budget=step_budget,
         )
+        kv_dtype = choose_kv_cache_dtype(config, dtype)
         max_logprobs = min(config.max_logprobs, model_config.vocab_size)
         self._kv = KVStorage(
-            model_config, budget.num_blocks, config.block_size, dtype, device, max_logprobs=max_logprobs
+            model_config, budget.num_blocks, config.block_size, kv_dtype, device, max_logprobs=max_logprobs
         )
-        self._runner = ModelRunner(self._model, self._kv.layers, device)
-        self._inputs = InputBuilder(max_num_seqs, budget.max_model_len, config.block_size, device)
+        self._inputs = InputBuilder(step_budget, max_num_seqs, budget.max_model_len, config.block_size, device)
+        self._runner = ModelRunner(self._model, self._kv.layers, self._inputs.memory)
         self._grammars = GrammarFactory(directory, model_config.vocab_size, model_config.eos_token_ids)
         self._sampler = Sampler(max_num_seqs, self._grammars)
         self._prompt_log_probs = PromptLogProbs(self._kv.log_probs, max_num_seqs, model_config.vocab_size)
@@ -88,14 +104,14 @@ class Engine:
                 num_blocks=budget.num_blocks,
                 block_size=config.block_size,
                 max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=config.max_num_batched_tokens,
+                max_num_batched_tokens=step_budget,
                 max_model_len=budget.max_model_len,
                 enable_prefix_caching=config.enable_prefix_caching,
                 enable_chunked_prefill=config.enable_chunked_prefill,
                 policy=config.scheduling_policy,
                 sliding_window=model_config.uniform_window,
                 speculative_config=config.speculative_config,
-                cache_namespace=f"{config.model}|{dtype}|{secrets.token_hex(16)}",
+                cache_namespace=f"{config.model}|{dtype}|{kv_dtype}|{config.quantization}|{secrets.token_hex(16)}",
             )
         )
         self.started: list[str] = []
@@ -108,16 +124,19 @@ class Engine:
             block_size=config.block_size,
             num_blocks=budget.num_blocks,
             max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=step_budget,
             dtype=dtype_name(dtype),
+            kv_cache_dtype=dtype_name(kv_dtype),
             device=device.type,
             enable_prefix_caching=config.enable_prefix_caching,
             max_logprobs=max_logprobs,
             memory_budget=budget.lines,
+            quantization=config.quantization,
         )
         progress("kernels", 0, 1)
         with torch.inference_mode():
             warm_up(self._model, self._kv, device)
+            self._runner.record()
         progress("kernels", 1, 1)
 
     @torch.inference_mode()

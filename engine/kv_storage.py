@@ -5,18 +5,27 @@ from __future__ import annotations
 import torch
 
 from quire.engine.log_prob_pages import LogProbPages
+from quire.engine.zeroed_memory import zeroed
 from quire.models.config import ModelConfig
+from quire.models.kv_cache import KVCache
+
+SCALE_DTYPE = torch.float32
 
 
 def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes that one block takes over all layers, K and V."""
-    return 2 * config.num_layers * config.num_kv_heads * block_size * config.head_dim * dtype.itemsize
+    """Bytes that one block takes over all layers, K and V, with the scales that int8 pages have."""
+    num_vectors = 2 * config.num_layers * config.num_kv_heads * block_size
+    scale_bytes = SCALE_DTYPE.itemsize if dtype == torch.int8 else 0
+    return num_vectors * (config.head_dim * dtype.itemsize + scale_bytes)
 
 
 class KVStorage:
-    """`layers[i]` is (k_cache, v_cache) of layer i, each [num_blocks, num_kv_heads, block_size, head_dim].
+    """`layers[i]` are the pages of layer i.
 
     `log_probs` are the stored log-probabilities of the same blocks, on the host.
+
+    Args:
+        dtype: of the pages: the model's, or int8.
     """
 
     def __init__(
@@ -29,16 +38,26 @@ class KVStorage:
         *,
         max_logprobs: int,
     ) -> None:
-        shape = (config.num_layers, 2, num_blocks, config.num_kv_heads, block_size, config.head_dim)
-        self._pages = torch.zeros(shape, dtype=dtype, device=device)
-        self.layers = [(layer[0], layer[1]) for layer in self._pages]
+        shape = (config.num_layers, 2, num_blocks, config.num_kv_heads, block_size)
+        pages = zeroed((*shape, config.head_dim), dtype, device)
+        self._parts = [pages]  # each [num_layers, 2, num_blocks, ...]
+        if dtype == torch.int8:
+            scales = zeroed(shape, SCALE_DTYPE, device)
+            self._parts.append(scales)
+            self.layers = [
+                KVCache(page[0], page[1], scale[0], scale[1]) for page, scale in zip(pages, scales, strict=True)
+            ]
+        else:
+            self.layers = [KVCache(page[0], page[1]) for page in pages]
         self.log_probs = LogProbPages(num_blocks, block_size, max_logprobs)
 
     def copy_blocks(self, copies: list[tuple[int, int]]) -> None:
-        """Copy (source, target) blocks, log-probabilities too; no target is the source of another copy of one call."""
+        """Copy (source, target) blocks, scales and log-probabilities too; no target is the source of another copy of
+        one call."""
         if not copies:
             return
         sources, targets = zip(*copies, strict=True)
-        index = torch.tensor([sources, targets], device=self._pages.device)
-        self._pages[:, :, index[1]] = self._pages[:, :, index[0]]
+        index = torch.tensor([sources, targets], device=self._parts[0].device)
+        for part in self._parts:
+            part[:, :, index[1]] = part[:, :, index[0]]
         self.log_probs.copy_blocks(copies)

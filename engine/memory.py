@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from quire.config import ConfigError, EngineConfig
-from quire.engine.device import dtype_name
+from quire.engine.device import choose_kv_cache_dtype, dtype_name
 from quire.engine.kv_storage import bytes_per_block
 from quire.engine.log_prob_pages import log_prob_bytes_per_block
 from quire.engine.prompt_log_probs import MAX_LOGITS_BYTES
@@ -33,6 +33,7 @@ def plan_memory(
     dtype: torch.dtype,
     device: torch.device,
     max_num_seqs: int,
+    step_budget: int,
 ) -> MemoryBudget:
     """Decide how many blocks the pool gets. Call it when the weights are on the device.
 
@@ -40,10 +41,11 @@ def plan_memory(
         ConfigError: the pool would be empty, or too small for the `max_model_len` that was asked for.
     """
     log_prob_bytes = log_prob_bytes_per_block(config.block_size, min(config.max_logprobs, model_config.vocab_size))
-    kv_bytes = bytes_per_block(model_config, config.block_size, dtype)
+    kv_dtype = choose_kv_cache_dtype(config, dtype)
+    kv_bytes = bytes_per_block(model_config, config.block_size, kv_dtype)
     block_bytes = kv_bytes + (log_prob_bytes if device.type == "cpu" else 0)  # they are on the host
     wanted_len = config.max_model_len or model_config.max_position_embeddings
-    activations = activation_bytes(config, model_config, dtype, max_num_seqs)
+    activations = activation_bytes(config, model_config, dtype, max_num_seqs, step_budget)
     free = free_memory_bytes(device, config.gpu_memory_utilization) - activations
     num_blocks = _number_of_blocks(config, block_bytes, free, max_num_seqs, wanted_len)
     pool_tokens = (num_blocks - 1) * config.block_size
@@ -54,7 +56,7 @@ def plan_memory(
     if pool_tokens < config.block_size:
         raise ConfigError(
             f"No room for a KV-cache: {_mib(max(free, 0))} are free, one block takes {_mib(block_bytes)}. "
-            f"Free memory, use a smaller model, or lower --max-num-batched-tokens ({config.max_num_batched_tokens})."
+            f"Free memory, use a smaller model, or lower --max-num-batched-tokens ({step_budget})."
         )
     if config.max_model_len is not None and config.max_model_len > pool_tokens:
         raise ConfigError(
@@ -64,14 +66,25 @@ def plan_memory(
         )
     max_model_len = min(wanted_len, pool_tokens)
     lines = [
-        f"weights      {_mib(weight_bytes):>12}  {dtype_name(dtype)} on {device.type}",
-        f"activations  {_mib(activations):>12}  {config.max_num_batched_tokens} tokens a step, {max_num_seqs} requests",
+        f"weights      {_mib(weight_bytes):>12}  {_weight_kind(config, dtype)} on {device.type}",
+        f"activations  {_mib(activations):>12}  {step_budget} tokens a step, {max_num_seqs} requests",
         f"KV-cache     {_mib(num_blocks * kv_bytes):>12}  {num_blocks - 1} blocks of {config.block_size} = "
-        f"{pool_tokens} tokens",
+        f"{pool_tokens} tokens, {dtype_name(kv_dtype)}",
         f"log-probs    {_mib(num_blocks * log_prob_bytes):>12}  of scored prompts, at most; host memory",
         f"context      {max_model_len:>12}  tokens a sequence at most",
     ]
     return MemoryBudget(num_blocks, max_model_len, lines)
+
+
+def _weight_kind(config: EngineConfig, dtype: torch.dtype) -> str:
+    name = dtype_name(dtype)
+    match config.quantization:
+        case None:
+            return name
+        case "int8":
+            return f"int8, computing in {name},"
+        case "int4":
+            return f"int4 (embedding and head int8), computing in {name},"
 
 
 def _number_of_blocks(
@@ -90,15 +103,17 @@ def _number_of_blocks(
     return min(free_bytes // block_bytes, enough_for_all)
 
 
-def activation_bytes(config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, max_num_seqs: int) -> int:
+def activation_bytes(
+    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, max_num_seqs: int, step_budget: int
+) -> int:
     """Upper estimate of what a step holds beside weights and pages: a layer's inputs and outputs, and the logits, of
     rows that sample and of prompts that are scored.
     """
     heads = (model_config.num_heads + 2 * model_config.num_kv_heads) * model_config.head_dim
     per_token = 4 * model_config.hidden_size + 2 * heads + 3 * model_config.intermediate_size
     logits = 4 * 4 * config.speculative_config.num_logits_rows(max_num_seqs) * model_config.vocab_size
-    scored = 2 * min(MAX_LOGITS_BYTES, 4 * config.max_num_batched_tokens * model_config.vocab_size)
-    return config.max_num_batched_tokens * per_token * dtype.itemsize + logits + scored
+    scored = 2 * min(MAX_LOGITS_BYTES, 4 * step_budget * model_config.vocab_size)
+    return step_budget * per_token * dtype.itemsize + logits + scored
 
 
 def free_memory_bytes(device: torch.device, utilization: float) -> int:

@@ -66,6 +66,10 @@ class EngineInfo(msgspec.Struct, frozen=True):
     """Most entries of a request's `logprobs` and `prompt_logprobs`."""
     memory_budget: list[str]
     """The start-up memory budget, line by line, as printed."""
+    kv_cache_dtype: str = ""
+    """Of the pages of the KV-cache."""
+    quantization: str | None = None
+    """To what the weights were rounded."""
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):

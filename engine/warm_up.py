@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from quire.engine.kv_storage import KVStorage
+from quire.kernels.argmax import argmax
+from quire.kernels.cpu_recording import Arena, record
 from quire.kernels.log_probs import log_probs
 from quire.kernels.sample import sample
 from quire.kernels.token_bitmask import apply_token_bitmask
@@ -28,7 +30,7 @@ def warm_up(model: Model, kv: KVStorage, device: torch.device) -> None:
             slot_mapping=integers([0, *range(NUM_PREFILL_TOKENS)], torch.int64),
             block_tables=torch.zeros((2, 1), dtype=torch.int32, device=device),
             seq_lens=integers([1, NUM_PREFILL_TOKENS], torch.int32),
-            query_start=integers([0, 1, num_tokens], torch.int32),
+            prefill_start=integers([0, NUM_PREFILL_TOKENS], torch.int32),
             logits_indices=integers([0, num_tokens - 1], torch.int64),
             num_decodes=1,
             max_query_len=NUM_PREFILL_TOKENS,
@@ -37,6 +39,18 @@ def warm_up(model: Model, kv: KVStorage, device: torch.device) -> None:
         kv.layers,
     )
     warm_up_sampling(model.logits(hidden))
+
+
+@torch.inference_mode()
+def load_cpu_kernels() -> None:
+    """Import the compiler of the CPU kernels and load those that depend on no model: work for another thread, while
+    this one reads weights. On a row so short that no second thread is asked for.
+    """
+    logits = torch.zeros(1, 64)
+    warm_up_sampling(logits)
+    with record(Arena()) as recording:
+        argmax(logits)
+    recording.replay(num_threads=1)
 
 
 def warm_up_sampling(logits: torch.Tensor) -> None:

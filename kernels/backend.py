@@ -26,3 +26,12 @@ def choose_body(backend: Backend, device: torch.device) -> Body:
     if backend not in _NAMES:
         raise ValueError(f"backend {backend!r} is none of {', '.join(_NAMES)}")
     return backend
+
+
+def empty(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """An uninitialised tensor for kernels to write to, of the dtype and on the device of `like`."""
+    if like.device.type != "cpu":
+        return like.new_empty(shape)
+    from quire.kernels.cpu_workers import new_tensor
+
+    return new_tensor(shape, like.dtype)

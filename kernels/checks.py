@@ -41,10 +41,36 @@ def check_caches(k_cache: torch.Tensor, v_cache: torch.Tensor, num_kv_heads: int
     )
 
 
+def check_scales(
+    k_cache: torch.Tensor, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None, dtype: torch.dtype
+) -> None:
+    """A cache in `dtype` and no scales, or an int8 cache and two float32 scales for each of its slots."""
+    if k_scales is None or v_scales is None:
+        require(k_scales is None and v_scales is None, "scales come for both k_cache and v_cache, or for neither")
+        require(k_cache.dtype != torch.int8, "an int8 cache needs k_scales and v_scales", k_cache)
+        require(k_cache.dtype == dtype, f"the cache must have the dtype of what it is used with, {dtype}", k_cache)
+        return
+    require(k_cache.dtype == torch.int8, "only an int8 cache has scales", k_cache)
+    for scales in (k_scales, v_scales):
+        require(
+            scales.shape == k_cache.shape[:3]
+            and scales.dtype == torch.float32
+            and scales.stride() == k_scales.stride()
+            and scales.stride(2) == 1
+            and scales.device == k_cache.device,
+            "scales must be float32 [num_blocks, num_kv_heads, block_size] with the same strides, the last dimension "
+            "contiguous",
+            scales,
+            k_cache,
+        )
+
+
 def check_attention(
     query: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    k_scales: torch.Tensor | None,
+    v_scales: torch.Tensor | None,
     block_tables: torch.Tensor,
     seq_lens: torch.Tensor,
     scale: float,
@@ -61,7 +87,7 @@ def check_attention(
     check_dtype(query, body)
     require(k_cache.dim() == 4, "k_cache must be [num_blocks, num_kv_heads, block_size, head_dim]", k_cache)
     check_caches(k_cache, v_cache, k_cache.shape[1], query.shape[2])
-    require(query.dtype == k_cache.dtype, "query and cache must have one dtype", query, k_cache)
+    check_scales(k_cache, k_scales, v_scales, query.dtype)
     require(
         query.shape[1] % k_cache.shape[1] == 0, "the query heads must be a multiple of the KV heads", query, k_cache
     )

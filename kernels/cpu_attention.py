@@ -26,6 +26,10 @@ _LOG2_E = 1.4426950408889634
     VALUES,
     BLOCK_STRIDE,
     HEAD_STRIDE,
+    K_SCALES,  # 0, like V_SCALES, if the cache has none
+    V_SCALES,
+    SCALES_BLOCK_STRIDE,
+    SCALES_HEAD_STRIDE,
     TABLES,
     TABLE_STRIDE,
     SEQ_LENS,
@@ -37,7 +41,7 @@ _LOG2_E = 1.4426950408889634
     WINDOW,
     SCALE,  # as float64; log2(e) is multiplied in, for exponentials to the base of two
     NUM_COMMON,
-) = range(23)
+) = range(27)
 
 _NO_WINDOW = 1 << 62
 
@@ -51,6 +55,8 @@ def describe(
     scale: float,
     sliding_window: int | None,
     out: torch.Tensor,
+    k_scales: torch.Tensor | None,
+    v_scales: torch.Tensor | None,
 ) -> Parameters:
     """The common fields of a call."""
     num_heads, head_dim = query.shape[1:]
@@ -60,6 +66,8 @@ def describe(
             *(0, 0),
             *(query.data_ptr(), *query.stride()[:2], out.data_ptr(), *out.stride()[:2]),
             *(k_cache.data_ptr(), v_cache.data_ptr(), *k_cache.stride()[:2]),
+            *(0 if scales is None else scales.data_ptr() for scales in (k_scales, v_scales)),
+            *((0, 0) if k_scales is None else k_scales.stride()[:2]),
             *(block_tables.data_ptr(), block_tables.stride(0), seq_lens.data_ptr(), seq_lens.shape[0]),
             *(num_kv_heads, num_heads // num_kv_heads, head_dim, block_size, sliding_window or _NO_WINDOW, 0),
         ],

@@ -1,4 +1,4 @@
-"""Elements and addresses inside the CPU kernels: reading float32, float16 and bfloat16 in place.
+"""Elements and addresses inside the CPU kernels: reading float32, float16, bfloat16 and int8 in place.
 
 Numba has neither bfloat16 nor half-precision arithmetic on a CPU, so float16 travels as int16 and bfloat16 as uint16
 bit patterns: the type of a pointer says what it points to. What Numba does not offer is emitted as LLVM IR.
@@ -16,7 +16,7 @@ from numba import types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-FLOAT32, FLOAT16, BFLOAT16 = types.float32, types.int16, types.uint16
+FLOAT32, FLOAT16, BFLOAT16, INT8 = types.float32, types.int16, types.uint16, types.int8
 
 Value = Any  # of llvmlite
 Builder = Any
@@ -96,6 +96,8 @@ def widen(builder: Builder, element: Value, kind: types.Type) -> Value:
             return widen_half_bits(builder, element)
         return builder.fpext(builder.bitcast(element, _like(_F16, element.type)), _like(F32, element.type))
     integers = _like(I32, element.type)
+    if kind == INT8:
+        return builder.sitofp(builder.sext(element, integers), _like(F32, element.type))
     bits = builder.shl(builder.zext(element, integers), _integer(16, integers))
     return builder.bitcast(bits, _like(F32, element.type))
 
@@ -191,6 +193,7 @@ def _pointer_of(target: types.Type, element: Value) -> Any:
 
 
 # Each makes a pointer of an address or of another pointer.
+int8_pointer = _pointer_of(types.int8, ir.IntType(8))
 float32_pointer = _pointer_of(types.float32, F32)
 float64_pointer = _pointer_of(types.float64, ir.DoubleType())
 int32_pointer = _pointer_of(types.int32, I32)

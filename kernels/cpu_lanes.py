@@ -27,7 +27,7 @@ _EXP2 = (
     *(0.6931471824645996, 0.24022647738456726, 0.055503323674201965),
     *(0.00961843691766262, 0.0013398873852565885, 0.00015353361959569156),
 )
-_ROUND = 12582912.0  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits of the sum
+ROUND = 12582912.0  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits of the sum
 
 
 @numba.njit
@@ -87,7 +87,7 @@ def load(builder: Builder, pointer: Value, kind: types.Type = types.float32, mas
     size = kind.bitwidth // 8
     if mask is None:
         return widen(builder, builder.load(vector_pointer, align=size), kind)
-    name = f"llvm.masked.load.v{LANES}{'f32' if kind == types.float32 else 'i16'}.p0"
+    name = f"llvm.masked.load.v{LANES}{'f32' if kind == types.float32 else f'i{kind.bitwidth}'}.p0"
     arguments = [vector_pointer, ir.Constant(I32, size), mask, ir.Constant(vector_type, None)]
     return widen(builder, call(builder, name, vector_type, arguments), kind)
 
@@ -101,6 +101,16 @@ def masked_store(builder: Builder, vector: Value, pointer: Value, mask: Value) -
     vector_pointer = builder.bitcast(pointer, _VECTOR.as_pointer())
     arguments = [vector, vector_pointer, ir.Constant(I32, 4), mask]
     call(builder, f"llvm.masked.store.v{LANES}f32.p0", ir.VoidType(), arguments)
+
+
+def store_bytes(builder: Builder, vector: Value, pointer: Value, mask: Value | None) -> None:
+    """Store LANES int8; memory outside `mask` is not touched."""
+    vector_pointer = builder.bitcast(pointer, vector.type.as_pointer())
+    if mask is None:
+        builder.store(vector, vector_pointer, align=1)
+        return
+    arguments = [vector, vector_pointer, ir.Constant(I32, 1), mask]
+    call(builder, f"llvm.masked.store.v{LANES}i8.p0", ir.VoidType(), arguments)
 
 
 def prefetch(builder: Builder, pointer: Value, count: Value, kind: types.Type) -> None:
@@ -205,8 +215,8 @@ def exp2(builder: Builder, exponent: Value) -> Value:
     """
     tiny = builder.fcmp_ordered("<", exponent, constant(-126.0))
     exponent = builder.select(tiny, constant(-126.0), exponent)
-    shifted = builder.fadd(exponent, constant(_ROUND))
-    fraction = builder.fsub(exponent, builder.fsub(shifted, constant(_ROUND)))
+    shifted = builder.fadd(exponent, constant(ROUND))
+    fraction = builder.fsub(exponent, builder.fsub(shifted, constant(ROUND)))
     power = constant(_EXP2[-1])
     for coefficient in (*_EXP2[-2::-1], 1.0):
         power = multiply_add(builder, power, fraction, constant(coefficient))

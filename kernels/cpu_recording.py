@@ -98,31 +98,42 @@ def _aligned(num_bytes: int) -> npt.NDArray[np.uint8]:
 
 
 class Recording:
-    """Kernels in the order in which they were asked for; made by `record`."""
+    """Kernels in the order in which they were asked for; made by `record`.
 
-    def __init__(self, arena: Arena) -> None:
+    Attributes:
+        names: of the kernels.
+        parameters: of all kernels, one after another; may be changed between replays.
+    """
+
+    def __init__(self, arena: Arena, max_rows: int | None) -> None:
+        self.names: list[str] = []
+        self.parameters: Parameters = np.zeros(0, np.int64)
         self._arena = arena
-        self._kernels: list[tuple[int, int, int]] = []
-        self._names: list[str] = []
-        self._kept: list[Parameters] = []
+        self._max_rows = max_rows
+        self._max_threads = torch.get_num_threads()
+        self._functions: list[tuple[int, int]] = []
+        self._recorded: list[Parameters] = []
+        self._kernels = np.zeros((0, 3), np.int64)
         self._free: dict[int, list[npt.NDArray[np.uint8]]] = defaultdict(list)
         self._chunk_index = 0
         self._chunk_used = 0
-        self._parameters: Parameters = np.zeros(0, np.int64)
+        self._replay: Parameters = np.zeros(0, np.int64)
 
     def add(self, name: str, prepare: int, body: int, parameters: Parameters) -> None:
-        self._names.append(name)
-        self._kernels.append((prepare, body, parameters.ctypes.data))
-        self._kept.append(parameters)
+        self.names.append(name)
+        self._functions.append((prepare, body))
+        self._recorded.append(parameters)
 
     def new_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Uninitialised; its memory serves another tensor of the recording once nothing refers to it any more."""
-        num_bytes = max(1, math.prod(shape) * dtype.itemsize)
+        num_rows = shape[0] if self._max_rows is None else self._max_rows
+        full_shape = (num_rows, *shape[1:])
+        num_bytes = max(1, math.prod(full_shape) * dtype.itemsize)
         size = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         memory = self._free[size].pop() if self._free[size] else self._allocate(size)
         lease = memory[:num_bytes]  # torch holds on to this very array as long as there is a view of the tensor
         weakref.finalize(lease, self._free[size].append, memory).atexit = False
-        return torch.from_numpy(lease).view(dtype).view(shape)
+        return torch.from_numpy(lease).view(dtype).view(full_shape)[: shape[0]]
 
     def _allocate(self, size: int) -> npt.NDArray[np.uint8]:
         chunk = self._arena.chunk(self._chunk_index, size)
@@ -137,33 +148,51 @@ class Recording:
         return self._arena.scratch(num_bytes)
 
     def finish(self) -> None:
-        kernels = np.array(self._kernels, np.int64)
-        self._kept.append(kernels)
-        fields = [0, 0, len(kernels), kernels.ctypes.data, team_size_address(), _yield_address()]
-        self._parameters = np.array(fields, np.int64)
+        self.parameters = np.concatenate(self._recorded) if self._recorded else self.parameters
+        ends = np.cumsum([len(parameters) for parameters in self._recorded], dtype=np.int64)
+        self._kernels = np.empty((len(ends), 3), np.int64)
+        self._kernels[:, :2] = np.array(self._functions, np.int64).reshape(-1, 2)
+        self._kernels[1:, 2] = ends[:-1]
+        self._kernels[:1, 2] = 0
+        self._kernels[:, 2] = self.parameters.ctypes.data + 8 * self._kernels[:, 2]
+        fields = [0, 0, len(ends), self._kernels.ctypes.data, team_size_address(), _yield_address()]
+        self._replay = np.array(fields, np.int64)
+        self._recorded.clear()
 
     def replay(self, num_threads: int) -> None:
-        """Run all kernels on `num_threads` threads, and return when they are done."""
+        """Run all kernels on `num_threads` threads, and return when they are done.
+
+        On no more than torch had when they were recorded: kernels have scratch memory for so many.
+        """
+        num_threads = min(num_threads, self._max_threads)
         prepare, body = _compiled()
         fork_join = fork_join_address() if num_threads > 1 else 0
         if not fork_join:
-            self._parameters[_TEAM_SIZE] = 0
-        enter(fork_join, prepare, body, self._parameters, num_threads)
+            self._replay[_TEAM_SIZE] = 0
+        enter(fork_join, prepare, body, self._replay, num_threads)
 
     def profile(self, num_threads: int) -> list[tuple[str, float]]:
         """Replay kernel by kernel; the name of each and the seconds it took, with a fork and a join of its own."""
+        num_threads = min(num_threads, self._max_threads)
+        prepare, body = _compiled()
         fork_join = fork_join_address() if num_threads > 1 else 0
         times = []
-        for name, (prepare, body, _), parameters in zip(self._names, self._kernels, self._kept, strict=False):
+        for index, name in enumerate(self.names):
+            alone = self._replay.copy()
+            alone[_NUM_KERNELS], alone[_KERNELS] = 1, self._kernels[index].ctypes.data
             start = time.perf_counter()
-            parameters[0] = 0
-            enter(fork_join, prepare, body, parameters, num_threads)
+            enter(fork_join, prepare, body, alone, num_threads)
             times.append((name, time.perf_counter() - start))
         return times
 
 
 class _OnlyViews(TorchDispatchMode):
     """Lets through what makes views; whatever else torch is asked for would be missing in a replay."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """torch would import its compiler, for most of a second and 80 MB, only to keep it away from here."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returned = func._schema.returns
@@ -173,13 +202,16 @@ class _OnlyViews(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def record(arena: Arena) -> Iterator[Recording]:
+def record(arena: Arena, max_rows: int | None = None) -> Iterator[Recording]:
     """Within, kernels of this thread are recorded instead of run.
+
+    Args:
+        max_rows: each new tensor gets room for so many rows; None: for those it has.
 
     Raises:
         NotRecordableError: torch was asked to compute something itself.
     """
-    recording = Recording(arena)
+    recording = Recording(arena, max_rows)
     RECORDING.recorder = recording
     try:
         with _OnlyViews():  # type: ignore[no-untyped-call]

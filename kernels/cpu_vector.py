@@ -205,17 +205,34 @@ def unpack_transposed(
 
 
 @emitted(lambda *_: types.float32)
-def unpack_row(builder: Builder, kinds: Kinds, row: Value, head_dim: Value, target: Value) -> Value:
-    """target = row, padded with zeros to whole vectors; returns 0.0, or NaN if an element is not finite."""
-    taint = lanes.Sum(builder)
+def unpack_row(builder: Builder, kinds: Kinds, row: Value, head_dim: Value, factor: Value, target: Value) -> Value:
+    """target = row * factor, padded with zeros to whole vectors; returns 0.0, or NaN if an element is not finite."""
+    taint, factor = lanes.Sum(builder), lanes.splat(builder, factor)
 
     def block(dim: Value, _: int, mask: Value | None) -> None:
-        vector = load(builder, at(builder, row, dim), kinds[0].dtype, mask)
+        vector = builder.fmul(load(builder, at(builder, row, dim), kinds[0].dtype, mask), factor)
         store(builder, vector, at(builder, target, dim))
         taint.add_product(builder, vector, lanes.constant(0.0))
 
     lanes.over_dims(builder, head_dim, 1, block)
     return lanes.first_lane(builder, lanes.sum_lanes(builder, [taint.get(builder)]))
+
+
+@emitted(nothing)
+def multiply_row(builder: Builder, kinds: Kinds, row: Value, factors: Value, count: Value) -> None:
+    """row[i] *= factors[i] for `count` numbers."""
+
+    def block(first: Value, _: int, mask: Value | None) -> None:
+        target, kind = at(builder, row, first), kinds[0].dtype
+        products = builder.fmul(
+            load(builder, target, kind, mask), load(builder, at(builder, factors, first), kind, mask)
+        )
+        if mask is None:
+            store(builder, products, target)
+        else:
+            lanes.masked_store(builder, products, target, mask)
+
+    lanes.over_dims(builder, count, 1, block)
 
 
 @emitted(lambda *_: types.float32)

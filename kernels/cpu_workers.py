@@ -11,9 +11,11 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +27,8 @@ from llvmlite import ir
 from numba import types
 
 from quire.kernels.cpu_elements import BFLOAT16, FLOAT16, FLOAT32, Builder, Kinds, Value, emitted, nothing
+
+log = logging.getLogger(__name__)
 
 Parameters = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -78,6 +82,10 @@ def new_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype) if recorder is None else recorder.new_tensor(shape, dtype)
 
 
+def is_recording() -> bool:
+    return RECORDING.recorder is not None
+
+
 def scratch(num_bytes: int) -> int:
     """The address of memory that is one worker's while it runs, and anybody's afterwards."""
     recorder = RECORDING.recorder
@@ -128,11 +136,17 @@ def compiled_function(function: Callable[[Any], None], dtype: torch.dtype) -> An
     """A C function of a pointer to elements of `dtype`; its `address` is what other compiled code calls."""
     signature = types.void(types.CPointer(_ELEMENTS[dtype]))
     options = {"nopython": True, "error_model": "numpy"}
+    begin = time.perf_counter()
     try:
         with _cache_directory() as usable:
-            return numba.cfunc(signature, cache=usable, **options)(function)
+            compiled = numba.cfunc(signature, cache=usable, **options)(function)
     except OSError:  # the disk is full, or the directory went away: only the next start pays for it
-        return numba.cfunc(signature, **options)(function)
+        compiled = numba.cfunc(signature, **options)(function)
+    if not compiled.cache_hits:
+        operation = function.__module__.removeprefix("quire.kernels.").removesuffix(".cpu")
+        seconds = time.perf_counter() - begin
+        log.info("Compiled %s for %s in %.1f s.", operation, str(dtype).removeprefix("torch."), seconds)
+    return compiled
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,8 +21,17 @@ class ForwardBatch:
     slot_mapping: torch.Tensor  # [T] int64, block_id * block_size + offset: where this token's K and V go
     block_tables: torch.Tensor  # [S, max_num_blocks] int32
     seq_lens: torch.Tensor  # [S] int32, tokens in the cache after this step's write
-    query_start: torch.Tensor  # [S + 1] int32, cumulative query lengths; query_start[S] == T
+    prefill_start: torch.Tensor  # [S - num_decodes + 1] int32, cumulative query lengths of those that are not decodes
     logits_indices: torch.Tensor | None  # [R] int64, tokens whose logits are wanted; None: all, in order
     num_decodes: int
     max_query_len: int  # over the sequences that are not decodes; 0 if there is none
     max_seq_len: int
+
+    def to(self, device: torch.device) -> ForwardBatch:
+        """The same on another device; nothing waits for the copies."""
+        fields: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in fields.items()
+        }
+        return ForwardBatch(**moved)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from quire.kernels.kv_write import kv_write
+from quire.kernels.take_rows import take_rows
 from quire.models.config import Activation, ModelConfig
 from quire.models.forward_batch import ForwardBatch
-from quire.models.layers.attention import KVCache, PagedAttention
+from quire.models.kv_cache import KVCache
+from quire.models.layers.attention import PagedAttention
 from quire.models.layers.embedding import load_embedding, load_embedding_and_head
 from quire.models.layers.linear import Linear, make_linear
 from quire.models.layers.norm import LayerNorm
@@ -31,7 +32,7 @@ class GPT2Layer:
     def __call__(self, hidden: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
         heads = self._qkv(self._attention_norm(hidden)).unflatten(-1, (-1, self._head_dim))  # [T, 3 H, D]
         query, key, value = heads.chunk(3, dim=1)
-        kv_write(key, value, *cache, batch.slot_mapping)
+        cache.write(key, value, batch.slot_mapping)
         hidden = hidden + self._out(self._attention(query, batch, cache))
         return hidden + self._down(self._up(self._mlp_norm(hidden)))
 
@@ -57,7 +58,7 @@ class GPT2:
         hidden = self._embedding(batch.token_ids) + self._positions(batch.positions)
         for layer, cache in zip(self._layers, kv_caches, strict=True):
             hidden = layer(hidden, batch, cache)
-        return self._norm(hidden if batch.logits_indices is None else hidden[batch.logits_indices])
+        return self._norm(hidden if batch.logits_indices is None else take_rows(hidden, batch.logits_indices))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._head(hidden)
@@ -68,4 +69,4 @@ def conv1d(
 ) -> Linear:
     """GPT-2's linear layers are stored as [in_features, out_features]."""
     weight = weights.transposed(f"{name}.weight", out_features, in_features)
-    return make_linear(weight, weights.tensor(f"{name}.bias", out_features), activation=activation)
+    return make_linear(weights, weight, weights.tensor(f"{name}.bias", out_features), activation=activation)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from quire.config import ConfigError
+from quire.config import ConfigError, Quantization
 from quire.models.config import ModelConfig
 from quire.models.model import Model
 from quire.models.registry import MODELS
@@ -29,6 +29,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     max_model_len: int | None = None,
+    quantization: Quantization | None = None,
     progress: Callable[[int, int], None] = _no_progress,
 ) -> Model:
     """Load the safetensors of a checkpoint; nothing else in the directory is read or run.
@@ -38,6 +39,7 @@ def load_model(
         config: read from the same directory.
         dtype: to which all weights are cast, and in which the model computes.
         max_model_len: longest sequence that will be run, in tokens; None: all that the model can.
+        quantization: to what the weights of linear layers, embedding and head are rounded; on a CPU only.
         progress: called with (bytes read, bytes in all).
 
     Raises:
@@ -50,7 +52,7 @@ def load_model(
             f"--max-model-len {num_positions} is longer than the {config.max_position_embeddings} positions of this "
             f"model; use at most {config.max_position_embeddings}."
         )
-    weights = Weights(find_entries(Path(directory)), dtype, device, progress)
+    weights = Weights(find_entries(Path(directory)), dtype, device, progress, quantization)
     try:
         with torch.no_grad():
             model = MODELS[config.architecture](config, weights, num_positions)

@@ -8,7 +8,7 @@ import torch
 
 from quire.models.config import ModelConfig
 from quire.models.forward_batch import ForwardBatch
-from quire.models.layers.attention import KVCache
+from quire.models.kv_cache import KVCache
 
 
 class Model(Protocol):
@@ -23,7 +23,7 @@ class Model(Protocol):
 
         Args:
             batch: its tensors on the model's device.
-            kv_caches: (k_cache, v_cache) of each layer, each [num_blocks, num_kv_heads, block_size, head_dim] in the
+            kv_caches: of each layer, keys and values [num_blocks, num_kv_heads, block_size, head_dim] in int8 or in the
                 model's dtype. The step's keys and values are written at `batch.slot_mapping`.
 
         Returns:

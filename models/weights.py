@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from quire.config import ConfigError
+from quire.config import ConfigError, Quantization
 from quire.models.json_fields import JsonFields
 from quire.models.safetensors_file import TensorEntry, read_entries
 
@@ -24,11 +24,13 @@ _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float1
 class Weights:
     """Tensors by name, in one dtype and on one device; each is taken once.
 
-    A tensor is read through a buffer of CHUNK_BYTES into the memory it will stay in, so loading takes one copy of the
-    weights and little more, whatever the dtype on disk.
+    A tensor is read straight into the memory it will stay in, or through a buffer of CHUNK_BYTES where dtype or device
+    are others, so loading takes one copy of the weights and little more. Files are read and never mapped: a mapped file
+    that is overwritten later would change the model in silence, and one that is cut short would kill the process.
 
     Args:
         progress: called with (bytes of the files read so far, bytes in all).
+        quantization: to what layers round the weights that they take.
     """
 
     def __init__(
@@ -37,11 +39,13 @@ class Weights:
         dtype: torch.dtype,
         device: torch.device,
         progress: Callable[[int, int], None],
+        quantization: Quantization | None = None,
     ) -> None:
         self.dtype = dtype
         self.device = device
+        self.quantization = quantization
         self.num_bytes = 0
-        """Bytes of all tensors handed out."""
+        """Bytes of all tensors handed out, or of what they were rounded to."""
         self._entries = dict(entries)
         self._progress = progress
         self._total = sum(entry.num_bytes for entry in entries.values())
@@ -71,6 +75,10 @@ class Weights:
         """Take a tensor that is stored as [columns, rows], as a contiguous [rows, columns]."""
         stored = self.tensor(name, columns, rows)
         return stored.t().contiguous()
+
+    def replaced(self, tensor: torch.Tensor, num_bytes: int) -> None:
+        """A layer keeps `num_bytes` instead of a tensor that it took."""
+        self.num_bytes += num_bytes - tensor.nbytes
 
     def skip_copy(self, name: str, tensor: torch.Tensor) -> None:
         """Take a tensor that only repeats `tensor`, if it is there at all; raise ConfigError if it differs."""
@@ -103,19 +111,25 @@ class Weights:
     def _read(self, entry: TensorEntry, out: torch.Tensor) -> None:
         """Fill `out`, contiguous and of as many elements as the entry."""
         flat = out.view(-1)
-        for start, values in self._chunks(entry):
-            flat[start : start + len(values)].copy_(values)
+        in_place = out.dtype == _TORCH_DTYPES[entry.dtype] and out.device.type == "cpu"
+        for start, values in self._chunks(entry, flat if in_place else None):
+            if not in_place:
+                flat[start : start + len(values)].copy_(values)
 
-    def _chunks(self, entry: TensorEntry) -> Iterator[tuple[int, torch.Tensor]]:
-        """(index of the first, elements as stored) piece by piece; a piece is valid until the next is asked for."""
+    def _chunks(self, entry: TensorEntry, target: torch.Tensor | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+        """(index of the first, elements as stored) piece by piece; a piece is part of the flat `target`, or without one
+        valid until the next is asked for.
+        """
         dtype = _TORCH_DTYPES[entry.dtype]
         num_elements = math.prod(entry.shape)
-        buffer = torch.empty(min(num_elements, CHUNK_BYTES // dtype.itemsize), dtype=dtype)
+        step = max(1, min(num_elements, CHUNK_BYTES // dtype.itemsize))
+        buffer = torch.empty(step, dtype=dtype) if target is None else target
         try:
             with entry.path.open("rb", buffering=0) as file:
                 file.seek(entry.start)
-                for start in range(0, num_elements, max(1, len(buffer))):
-                    values = buffer[: num_elements - start]
+                for start in range(0, num_elements, step):
+                    begin = 0 if target is None else start
+                    values = buffer[begin : begin + min(step, num_elements - start)]
                     _fill(values.view(torch.uint8).numpy().data, file.readinto, entry.path)
                     yield start, values
                     self._done += values.nbytes

@@ -5,12 +5,14 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from quire.sampling_params import MAX_LOGPROBS, MAX_SPECULATIVE_TOKENS
 
+KVCacheDType = Literal["auto", "int8"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+Quantization = Literal["int8", "int4"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 MAX_NGRAM = 16
 
@@ -66,14 +68,18 @@ class EngineConfig:
     """Directory of a Hugging Face checkpoint, or a hub name (resolved before the engine starts)."""
     dtype: DType = "auto"
     device: Device = "auto"
+    kv_cache_dtype: KVCacheDType = "auto"
+    """Of the KV-cache's pages: the model's dtype, or int8 with a scale for each token and head."""
+    quantization: Quantization | None = None
+    """To what weights are rounded at load, on a CPU only; embedding and head always to int8."""
     seed: int = 0
     """Seed from which requests without a seed are given theirs."""
     max_model_len: int | None = None
     """Longest sequence, prompt and output together, in tokens."""
     max_num_seqs: int | None = None
     """Sequences that run at once: 64 on a CPU, 256 on a GPU."""
-    max_num_batched_tokens: int = 2048
-    """Token budget of one step."""
+    max_num_batched_tokens: int | None = None
+    """Token budget of one step: 2048 on a GPU, on a CPU 64 for each thread (at least 128, at most 2048)."""
     block_size: int = 16
     """Tokens in one block of the KV-cache; a power of two."""
     num_blocks: int | None = None
@@ -102,6 +108,12 @@ class EngineConfig:
         ):
             if value is not None and value < low:
                 raise ConfigError(f"{flag} must be at least {low}, not {value}.")
+        if self.kv_cache_dtype not in get_args(KVCacheDType):
+            raise ConfigError(f"--kv-cache-dtype must be auto or int8, not {self.kv_cache_dtype!r}.")
+        if self.quantization not in (None, *get_args(Quantization)):
+            raise ConfigError(
+                f"--quantization must be {' or '.join(get_args(Quantization))}, not {self.quantization!r}."
+            )
         if not 0 <= self.max_logprobs <= MAX_LOGPROBS:
             raise ConfigError(f"--max-logprobs must be from 0 to {MAX_LOGPROBS}, not {self.max_logprobs}.")
         if not (math.isfinite(self.gpu_memory_utilization) and 0 < self.gpu_memory_utilization <= 1):

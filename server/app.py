@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from quire.engine.grammar.compiler import GrammarCompiler
 
 
+MIN_QUEUED_TOKENS: Final = 32768
+"""A burst of prompts waits rather than being refused, however small the steps are."""
 ROUTERS: Final = (completions.router, models.router, tokenization.router, health.router, metrics.router)
 
 
@@ -39,7 +41,7 @@ def create_app(client: EngineClient, settings: ServerSettings, grammar_compiler:
     admission = Admission(
         max_running=info.max_num_seqs,
         max_queued_requests=limits.max_queued_requests or 4 * info.max_num_seqs,
-        max_queued_tokens=limits.max_queued_tokens or 16 * info.max_num_batched_tokens,
+        max_queued_tokens=limits.max_queued_tokens or max(MIN_QUEUED_TOKENS, 16 * info.max_num_batched_tokens),
     )
     # The event loop's tokenizer, as for all that is detokenized; the tables of the engine client are its own affair.
     detokenizers = DetokenizerFactory(client.tokenizer.tokenizer)

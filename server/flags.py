@@ -82,6 +82,11 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     model.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     model.add_argument(
+        "--quantization",
+        choices=("int8", "int4"),
+        help="round weights at load to 8 or 4 bits, which makes a CPU decode faster (default: weights as they are)",
+    )
+    model.add_argument(
         "--max-model-len",
         type=model_length,
         metavar="TOKENS",
@@ -98,6 +103,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of the engine (default: all cores)")
 
     memory = parser.add_argument_group("KV-cache")
+    memory.add_argument(
+        "--kv-cache-dtype",
+        choices=("auto", "int8"),
+        default="auto",
+        help="int8: a byte for each number and a scale for each token and head, about half the memory of bfloat16 "
+        "(default: %(default)s, the model's dtype)",
+    )
     memory.add_argument(
         "--gpu-memory-utilization",
         type=float,
@@ -126,9 +138,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     scheduler.add_argument(
         "--max-num-batched-tokens",
         type=scaled_integer,
-        default=2048,
         metavar="TOKENS",
-        help="token budget of one step (default: %(default)s)",
+        help="token budget of one step (default: 2048 on GPU; on CPU 64 for each thread, from 128 to 2048)",
     )
     _switch(scheduler, "--enable-chunked-prefill", True, "compute long prompts in chunks")
     scheduler.add_argument(
@@ -194,7 +205,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         "--max-num-queued-tokens",
         type=scaled_integer,
         metavar="TOKENS",
-        help="prompt tokens that may wait (default: 16 x --max-num-batched-tokens)",
+        help="prompt tokens that may wait (default: 16 x --max-num-batched-tokens, at least 32768)",
     )
     bounds.add_argument(
         "--max-body-bytes", type=byte_size, default=limits.max_body_bytes, metavar="BYTES", help="(default: 4MiB)"
@@ -219,6 +230,8 @@ def engine_config(flags: argparse.Namespace, model_dir: Path) -> EngineConfig:
         model=str(model_dir),
         dtype=flags.dtype,
         device=flags.device,
+        quantization=flags.quantization,
+        kv_cache_dtype=flags.kv_cache_dtype,
         seed=flags.seed,
         max_model_len=flags.max_model_len,
         max_num_seqs=flags.max_num_seqs,

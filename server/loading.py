@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("quire.server")
 
-_LABELS = {"weights": "Loading weights", "kernels": "Compiling kernels"}
+_LABELS = {"weights": "Loading weights", "kernels": "Warming up"}
 
 
 class LoadingDisplay:

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import importlib
 import logging
 import signal
 import socket
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-import uvicorn
 from rich.console import Console
 
 from quire.config import ConfigError, EngineConfig, ExitCode
 from quire.engine.client import EngineClient
 from quire.engine.grammar.compiler import GrammarCompiler
-from quire.server.app import create_app
-from quire.server.context import ServerContext
+from quire.server.footprint import describe_start
 from quire.server.lifecycle import Phase
 from quire.server.loading import LoadingDisplay
-from quire.server.protocol import ServerConfig
 from quire.server.settings import Limits, ServerSettings
+
+if TYPE_CHECKING:
+    from quire.server.context import ServerContext
+    from quire.server.http_server import HttpServer
 
 logger = logging.getLogger("quire.server")
 
@@ -33,22 +36,10 @@ _ENGINE_STOP_SECONDS_IN_HASTE: Final = 0.3
 _LAST_WORDS_SECONDS: Final = 2.0
 """For error frames to reach clients after a request was cut."""
 _WATCH_SECONDS: Final = 0.2
-
-
-class HttpServer(uvicorn.Server):
-    """uvicorn's server, without its signal handlers: ours drain first. `listening` is set once it takes connections."""
-
-    def __init__(self, config: ServerConfig) -> None:
-        super().__init__(config)
-        self.listening = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.listening.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+_GRAMMAR_WARM_UP_SECONDS: Final = 2.0
+"""After the server is ready. A grammar that comes earlier starts the child by itself."""
+_IMPORTED_MEANWHILE: Final = ("quire.server.app", "quire.server.http_server")
+"""The slow half of the front process's imports: while the engine process, started before, has its own to do."""
 
 
 @dataclass(slots=True)
@@ -105,10 +96,13 @@ async def serve(config: EngineConfig, settings: ServerSettings, console: Console
     """
     signals = Signals.install()
     listener = bind(settings.host, settings.port, settings.limits)
+    gc.disable()  # what is imported stays: to look for garbage in it takes a tenth of the start
     try:
         client = await _start_engine(config, signals, console)
         if client is None:
             return ExitCode.CLEAN
+        gc.freeze()
+        gc.enable()
         # Its children are started once the server is ready, so a start that fails leaves none.
         compiler = GrammarCompiler(config.model, client.info.vocab_size, client.info.eos_token_ids)
         try:
@@ -127,17 +121,25 @@ async def _start_engine(config: EngineConfig, signals: Signals, console: Console
     with LoadingDisplay(console) as display:
         start = asyncio.ensure_future(EngineClient.start(config, Path(config.model), display.update))
         stop = asyncio.ensure_future(signals.drain.wait())
+        imports = asyncio.ensure_future(_import_meanwhile())
         try:
             await asyncio.wait((start, stop), return_when=asyncio.FIRST_COMPLETED)
             if not start.done():
                 return None
-            return start.result()
+            client = start.result()
+            await imports
+            return client
         finally:
-            for task in (start, stop):
+            for task in (start, stop, imports):
                 if not task.done():
                     task.cancel()
                     with contextlib.suppress(asyncio.CancelledError):
                         await task
+
+
+async def _import_meanwhile() -> None:
+    for name in _IMPORTED_MEANWHILE:
+        await asyncio.to_thread(importlib.import_module, name)
 
 
 async def _serve_until_drained(
@@ -147,6 +149,10 @@ async def _serve_until_drained(
     listener: socket.socket,
     signals: Signals,
 ) -> ExitCode:
+    from quire.server.app import create_app
+    from quire.server.http_server import HttpServer
+    from quire.server.protocol import ServerConfig
+
     app = create_app(client, settings, compiler)
     context: ServerContext = app.app.state.context
     server = HttpServer(ServerConfig(app, settings.limits))
@@ -159,7 +165,7 @@ async def _serve_until_drained(
         return ExitCode.INTERNAL_ERROR
     announce(client, settings, listener)
 
-    warm_up = asyncio.ensure_future(compiler.warm_up())
+    warm_up = asyncio.ensure_future(_warm_up_later(compiler))
     code = await _until_end(context, serving, signals)
     warm_up.cancel()
     if code is ExitCode.CLEAN:
@@ -176,6 +182,12 @@ async def _serve_until_drained(
         serving.cancel()
         await asyncio.wait([serving], timeout=_LAST_WORDS_SECONDS / 2)
     return code
+
+
+async def _warm_up_later(compiler: GrammarCompiler) -> None:
+    """Not at once: it would take a core from the first request."""
+    await asyncio.sleep(_GRAMMAR_WARM_UP_SECONDS)
+    await compiler.warm_up()
 
 
 async def _until_end(context: ServerContext, serving: asyncio.Future[None], signals: Signals) -> ExitCode:
@@ -239,4 +251,6 @@ def announce(client: EngineClient, settings: ServerSettings, listener: socket.so
     body = '{"prompt": "Once upon a time", "max_tokens": 32}'
     print(f"Ready: {settings.model_name} at {url}")
     print(f"Try:   curl {url}/v1/completions{key} -H 'Content-Type: application/json' -d '{body}'")
+    if (start := describe_start(client.pid)) is not None:
+        print(start)
     sys.stdout.flush()

@@ -45,7 +45,7 @@ class Limits:
     max_queued_requests: int | None = None
     """`None`: 4 x max_num_seqs."""
     max_queued_tokens: int | None = None
-    """Prompt tokens of requests that have no token yet; `None`: 16 x max_num_batched_tokens."""
+    """Prompt tokens of requests that have no token yet; `None`: 16 x max_num_batched_tokens, at least 32,768."""
     max_prompt_log_probs: int = 2**16
     """Log-probabilities of one prompt, those of each position's best tokens included."""
     max_answer_log_probs: int = 2**20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from quire.kernels.backend import Backend, choose_body
-from quire.kernels.checks import check_caches, check_dtype, require
+from quire.kernels.checks import check_caches, check_dtype, check_scales, require
 
 
 def kv_write(
@@ -14,10 +14,15 @@ def kv_write(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
     *,
     backend: Backend = "auto",
 ) -> None:
-    """Store token t's key and value at slot `slot_mapping[t]` of the caches, cast to their dtype.
+    """Store token t's key and value at slot `slot_mapping[t]` of the caches, cast to their dtype or as int8 codes.
+
+    Codes are multiples of a scale of the token's own for each KV head, its largest magnitude divided by 127: they are
+    off by half a scale at most, and depend on nothing but the token (`kernels/quantization.py`).
 
     A slot is block_id * block_size + offset. Padding tokens point into block 0, the null block, where several may
     collide: its contents are undefined. All other slots of a call must differ.
@@ -26,9 +31,13 @@ def kv_write(
         key: [T, num_kv_heads, head_dim]; float32, float16 or bfloat16. The last dimension is contiguous, the others may
             have any strides.
         value: like key.
-        k_cache: [num_blocks, num_kv_heads, block_size, head_dim]; a block of one head is contiguous.
+        k_cache: [num_blocks, num_kv_heads, block_size, head_dim], floating-point or int8; a block of one head is
+            contiguous.
         v_cache: like k_cache, with the same strides.
         slot_mapping: [T] int64, contiguous, each in [0, num_blocks * block_size).
+        k_scales: [num_blocks, num_kv_heads, block_size] float32 for an int8 cache, the last dimension contiguous;
+            None for other caches.
+        v_scales: like k_scales, with the same strides.
         backend: "auto" goes by key's device.
 
     Raises:
@@ -51,7 +60,9 @@ def kv_write(
         key,
     )
     check_caches(k_cache, v_cache, key.shape[1], key.shape[2])
-    check_dtype(k_cache, body)
+    if k_cache.dtype != torch.int8:
+        check_dtype(k_cache, body)
+    check_scales(k_cache, k_scales, v_scales, k_cache.dtype)
     require(
         slot_mapping.shape == key.shape[:1] and slot_mapping.dtype == torch.int64 and slot_mapping.is_contiguous(),
         "slot_mapping must be contiguous int64 [T]",
@@ -71,4 +82,4 @@ def kv_write(
         from quire.kernels.kv_write.cpu import kv_write as run
     else:
         from quire.kernels.kv_write.reference import kv_write as run
-    run(key, value, k_cache, v_cache, slot_mapping)
+    run(key, value, k_cache, v_cache, slot_mapping, k_scales, v_scales)

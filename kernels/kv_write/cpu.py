@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from quire.kernels.cpu_elements import int64_pointer, move, pointer_to, take
+from quire.kernels.cpu_elements import float32_pointer, int8_pointer, int64_pointer, move, pointer_to, take
+from quire.kernels.cpu_quantization import store_codes
 from quire.kernels.cpu_workers import Worker, row_threads
 
 _TOKENS_PER_UNIT = 4
@@ -30,7 +31,11 @@ _TOKENS_PER_UNIT = 4
     NUM_KV_HEADS,
     HEAD_DIM,
     BLOCK_SIZE,
-) = range(16)
+    K_SCALES,  # 0, like V_SCALES, if the cache has none
+    V_SCALES,
+    SCALES_BLOCK_STRIDE,
+    SCALES_HEAD_STRIDE,
+) = range(20)
 
 
 def _write(shared: Any) -> None:
@@ -55,13 +60,41 @@ def _write(shared: Any) -> None:
         first_token = take(parameters) * _TOKENS_PER_UNIT
 
 
+def _write_codes(shared: Any) -> None:
+    parameters = int64_pointer(shared)
+    num_tokens, num_kv_heads, head_dim = parameters[NUM_TOKENS], parameters[NUM_KV_HEADS], parameters[HEAD_DIM]
+    slots, block_size = int64_pointer(parameters[SLOTS]), parameters[BLOCK_SIZE]
+    key, value = pointer_to(parameters[KEY], shared), pointer_to(parameters[VALUE], shared)
+    k_cache, v_cache = int8_pointer(parameters[K_CACHE]), int8_pointer(parameters[V_CACHE])
+    k_scales, v_scales = float32_pointer(parameters[K_SCALES]), float32_pointer(parameters[V_SCALES])
+    first_token = take(parameters) * _TOKENS_PER_UNIT
+    while first_token < num_tokens:
+        for token in range(first_token, min(first_token + _TOKENS_PER_UNIT, num_tokens)):
+            block, offset = divmod(slots[token], block_size)
+            for head in range(num_kv_heads):
+                target = block * parameters[BLOCK_STRIDE] + head * parameters[HEAD_STRIDE] + offset * head_dim
+                scale = block * parameters[SCALES_BLOCK_STRIDE] + head * parameters[SCALES_HEAD_STRIDE] + offset
+                keys = move(key, token * parameters[KEY_STRIDE] + head * parameters[KEY_HEAD_STRIDE])
+                values = move(value, token * parameters[VALUE_STRIDE] + head * parameters[VALUE_HEAD_STRIDE])
+                k_scales[scale] = store_codes(keys, head_dim, move(k_cache, target))
+                v_scales[scale] = store_codes(values, head_dim, move(v_cache, target))
+        first_token = take(parameters) * _TOKENS_PER_UNIT
+
+
 WORKER = Worker(_write)
+CODES_WORKER = Worker(_write_codes)
 
 
 def kv_write(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
 ) -> None:
-    if key.dtype != k_cache.dtype:
+    if k_scales is None and key.dtype != k_cache.dtype:
         key, value = key.to(k_cache.dtype), value.to(k_cache.dtype)
     num_tokens, num_kv_heads, head_dim = key.shape
     parameters = np.array(
@@ -69,7 +102,10 @@ def kv_write(
             *(0, key.data_ptr(), *key.stride()[:2], value.data_ptr(), *value.stride()[:2]),
             *(k_cache.data_ptr(), v_cache.data_ptr(), *k_cache.stride()[:2]),
             *(slot_mapping.data_ptr(), num_tokens, num_kv_heads, head_dim, k_cache.shape[2]),
+            *(0 if scales is None else scales.data_ptr() for scales in (k_scales, v_scales)),
+            *((0, 0) if k_scales is None else k_scales.stride()[:2]),
         ],
         np.int64,
     )
-    WORKER.run(key.dtype, parameters, row_threads(2 * num_tokens * num_kv_heads * head_dim))
+    worker = WORKER if k_scales is None else CODES_WORKER
+    worker.run(key.dtype, parameters, row_threads(2 * num_tokens * num_kv_heads * head_dim))

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import torch
 
+from quire.kernels.quantization import quantize
+
 
 def kv_write(
-    key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
 ) -> None:
     block_size = k_cache.shape[2]
     block_ids, offsets = slot_mapping // block_size, slot_mapping % block_size
-    k_cache[block_ids, :, offsets] = key.to(k_cache.dtype)
-    v_cache[block_ids, :, offsets] = value.to(v_cache.dtype)
+    for tokens, cache, scales in ((key, k_cache, k_scales), (value, v_cache, v_scales)):
+        if scales is None:
+            cache[block_ids, :, offsets] = tokens.to(cache.dtype)
+        else:
+            cache[block_ids, :, offsets], scales[block_ids, :, offsets] = quantize(tokens)

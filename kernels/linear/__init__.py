@@ -52,17 +52,19 @@ def pack(weight: torch.Tensor, *, gated: bool = False) -> PackedWeight:
     num_features, depth = weight.shape
     require(weight.dtype in KERNEL_DTYPES, "weight must be float32, float16 or bfloat16", weight)
     require(not gated or num_features % 2 == 0, "a gated weight has an even number of rows", weight)
-    panels = _in_panels(weight, gated)  # [P, PANEL, K]
-    if weight.dtype == torch.bfloat16:
-        panels = F.pad(panels, (0, depth % 2)).unflatten(2, (-1, 2))
+    panels = in_panels(weight, gated)  # [P, PANEL, K]
+    if weight.dtype == torch.bfloat16:  # two inputs travel as one integer, which is a few times as fast
+        panels = F.pad(panels, (0, depth % 2)).contiguous().view(torch.int32)
     laid_out = panels.transpose(1, 2)
-    data = WEIGHT_MEMORY.empty(tuple(laid_out.shape), weight.dtype).copy_(laid_out)
+    data = WEIGHT_MEMORY.empty(tuple(laid_out.shape), laid_out.dtype).copy_(laid_out)
+    if weight.dtype == torch.bfloat16:
+        data = data.view(torch.bfloat16).unflatten(2, (-1, 2))
     return PackedWeight(data, num_features // 2 if gated else num_features, depth, gated)
 
 
 def pack_bias(bias: torch.Tensor, *, gated: bool = False) -> torch.Tensor:
     """A bias [N] in the order of the packed weight's features, [P * PANEL] float32."""
-    return _in_panels(bias.float().unsqueeze(1), gated).flatten()
+    return in_panels(bias.float().unsqueeze(1), gated).flatten()
 
 
 def unpack(weight: PackedWeight) -> torch.Tensor:
@@ -78,7 +80,7 @@ def unpack(weight: PackedWeight) -> torch.Tensor:
     return halves[:, : weight.out_features].flatten(0, 1)
 
 
-def _in_panels(matrix: torch.Tensor, gated: bool) -> torch.Tensor:
+def in_panels(matrix: torch.Tensor, gated: bool) -> torch.Tensor:
     """[N, K] to [P, PANEL, K], filled up with zeros."""
     depth = matrix.shape[1]
     if not gated:

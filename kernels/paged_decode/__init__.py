@@ -17,6 +17,8 @@ def paged_decode(
     scale: float,
     sliding_window: int | None = None,
     out: torch.Tensor | None = None,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
     *,
     backend: Backend = "auto",
 ) -> torch.Tensor:
@@ -27,7 +29,8 @@ def paged_decode(
 
     Args:
         query: [S, Hq, D]; float32, float16 or bfloat16, any D. The last dimension is contiguous.
-        k_cache: [num_blocks, Hk, block_size, D] in query's dtype; a block of one head is contiguous. Hk divides Hq.
+        k_cache: [num_blocks, Hk, block_size, D] in query's dtype, or int8 with scales; a block of one head is
+            contiguous. Hk divides Hq.
         v_cache: like k_cache, with the same strides.
         block_tables: [S, M] int32, rows contiguous: the ids of a sequence's blocks in order. Entries past its length,
             and those that a sliding window has left behind, are never followed: they may be 0 or stale.
@@ -35,6 +38,9 @@ def paged_decode(
         scale: factor of the scores, positive, usually D ** -0.5.
         sliding_window: W: only positions j with seq_len - 1 - j < W are seen; None sees all.
         out: where to write; None for a new tensor. The last dimension is contiguous.
+        k_scales: [num_blocks, Hk, block_size] float32, the last dimension contiguous: what the codes of a slot of an
+            int8 cache are multiplied with. None for other caches.
+        v_scales: like k_scales, with the same strides.
         backend: "auto" goes by query's device.
 
     Returns:
@@ -48,7 +54,9 @@ def paged_decode(
     "Flash-Decoding for long-context inference", 2023.
     """
     body = choose_body(backend, query.device)
-    check_attention(query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out, body)
+    check_attention(
+        query, k_cache, v_cache, k_scales, v_scales, block_tables, seq_lens, scale, sliding_window, out, body
+    )
     require(query.shape[0] == block_tables.shape[0], "query must have one row per sequence", query, block_tables)
     if body == "triton":
         from quire.kernels.paged_decode.triton import paged_decode as run
@@ -56,4 +64,4 @@ def paged_decode(
         from quire.kernels.paged_decode.cpu import paged_decode as run
     else:
         from quire.kernels.paged_decode.reference import paged_decode as run
-    return run(query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out)
+    return run(query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out, k_scales, v_scales)

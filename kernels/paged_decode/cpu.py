@@ -10,9 +10,17 @@ import torch
 
 from quire.kernels import cpu_attention as call
 from quire.kernels import cpu_vector as vector
-from quire.kernels.cpu_elements import float32_pointer, int32_pointer, int64_pointer, move, pointer_to, take
+from quire.kernels.cpu_elements import (
+    float32_pointer,
+    int8_pointer,
+    int32_pointer,
+    int64_pointer,
+    move,
+    pointer_to,
+    take,
+)
 from quire.kernels.cpu_lanes import LANES, padded
-from quire.kernels.cpu_workers import Worker, new_tensor, scratch
+from quire.kernels.cpu_workers import Worker, is_recording, new_tensor, scratch
 
 _CHUNK = 128
 """Positions of one softmax, rounded down to whole blocks. The chunks of a sequence are always joined in the order of
@@ -32,8 +40,7 @@ _MIN_ELEMENTS = 65536  # elements of keys and values that are worth a second thr
     PARTIALS,  # results of chunks that wait for the last unit of their sequence and head
     SCRATCH,  # of each thread
     SCRATCH_SIZE,
-    NUM_FIELDS,
-) = range(call.NUM_COMMON, call.NUM_COMMON + 10)
+) = range(call.NUM_COMMON, call.NUM_COMMON + 9)
 
 
 @numba.njit
@@ -86,8 +93,19 @@ def _block(parameters, cache, table, block):  # type: ignore[no-untyped-def]
     return move(cache, np.int64(table[block]) * parameters[call.BLOCK_STRIDE])
 
 
+@numba.njit
+def _multiply_scales(parameters, scales, block_id, first, last, lines, stride):  # type: ignore[no-untyped-def]
+    """lines[head, t] *= the scale of the slot first + t of a block, up to its slot `last`; a no-op without scales."""
+    if scales != 0:
+        factors = move(float32_pointer(scales), np.int64(block_id) * parameters[call.SCALES_BLOCK_STRIDE] + first)
+        for head in range(parameters[call.GROUP_SIZE]):
+            vector.multiply_row(move(lines, head * stride), factors, last - first)
+
+
 @numba.njit(inline="always")
-def _attend_chunk(parameters, keys, values, table, start, first, last, num_blocks, queries, scores, partial):  # type: ignore[no-untyped-def]
+def _attend_chunk(  # type: ignore[no-untyped-def]
+    parameters, keys, values, k_scales, v_scales, table, start, first, last, num_blocks, queries, scores, partial
+):
     """Attention over the positions [first, last) of the chunk at `start`.
 
     While a block is worked on, the next one is on its way into the cache: blocks are too short for the hardware to see
@@ -104,10 +122,12 @@ def _attend_chunk(parameters, keys, values, table, start, first, last, num_block
             if block < last_block
             else _block(parameters, values, table, first_block)
         )
+        low, high = max(first - begin, 0), min(last - begin, block_size)
         vector.dot_tokens(
             queries, padded_dim, num_heads, _block(parameters, keys, table, block), head_dim, block_size,
-            max(first - begin, 0), min(last - begin, block_size), move(scores, begin - start), stride, following,
+            low, high, move(scores, begin - start), stride, following,
         )  # fmt: skip
+        _multiply_scales(parameters, k_scales, table[block], low, high, move(scores, begin - start + low), stride)
 
     low, high = (first - start) // LANES * LANES, padded(last - start)
     for i in range(num_heads * padded_dim):
@@ -123,16 +143,18 @@ def _attend_chunk(parameters, keys, values, table, start, first, last, num_block
         divisors[head] = vector.row_exp2(move(line, low), high - low, largest[head])
 
     for block in range(first_block, last_block + 1):
-        begin = max(block * block_size, first)
+        begin = block * block_size
         following = (
             _block(parameters, values, table, block + 1)
             if block < last_block
             else _block(parameters, keys, table, min(block + 1, num_blocks - 1))
         )
-        block_values = move(_block(parameters, values, table, block), (begin - block * block_size) * head_dim)
+        low, high = max(first - begin, 0), min(last - begin, block_size)
+        weights = move(scores, begin - start + low)
+        _multiply_scales(parameters, v_scales, table[block], low, high, weights, stride)
         vector.add_weighted(
-            move(scores, begin - start), stride, num_heads, block_values, head_dim,
-            min((block + 1) * block_size, last) - begin, partial, padded_dim, following,
+            weights, stride, num_heads, move(_block(parameters, values, table, block), low * head_dim), head_dim,
+            high - low, partial, padded_dim, following,
         )  # fmt: skip
 
 
@@ -152,7 +174,7 @@ def _join(total, partial, num_heads, head_dim):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(inline="always")
-def _attend_unit(parameters, shared, seq, kv_head, part, units_per_head, scratch):  # type: ignore[no-untyped-def]
+def _attend_unit(parameters, shared, page, seq, kv_head, part, units_per_head, scratch):  # type: ignore[no-untyped-def]
     """The `part`-th unit of a sequence and KV head. Whoever finishes the last one of them joins their chunks."""
     num_heads, head_dim = parameters[call.GROUP_SIZE], parameters[call.HEAD_DIM]
     chunk_size, chunks_per_unit = parameters[CHUNK_SIZE], parameters[CHUNKS_PER_UNIT]
@@ -168,8 +190,10 @@ def _attend_unit(parameters, shared, seq, kv_head, part, units_per_head, scratch
         total = move(float32_pointer(parameters[PARTIALS]), first_partial * partial_size)
 
     table = move(int32_pointer(parameters[call.TABLES]), seq * parameters[call.TABLE_STRIDE])
-    keys = move(pointer_to(parameters[call.KEYS], shared), kv_head * parameters[call.HEAD_STRIDE])
-    values = move(pointer_to(parameters[call.VALUES], shared), kv_head * parameters[call.HEAD_STRIDE])
+    keys = move(pointer_to(parameters[call.KEYS], page), kv_head * parameters[call.HEAD_STRIDE])
+    values = move(pointer_to(parameters[call.VALUES], page), kv_head * parameters[call.HEAD_STRIDE])
+    k_scales = parameters[call.K_SCALES] + 4 * kv_head * parameters[call.SCALES_HEAD_STRIDE]
+    v_scales = parameters[call.V_SCALES] + 4 * kv_head * parameters[call.SCALES_HEAD_STRIDE]
     num_blocks = (seq_len - 1) // parameters[call.BLOCK_SIZE] + 1
     call.load_queries(parameters, shared, seq, 1, kv_head, queries)
     for chunk in range(part * chunks_per_unit, min((part + 1) * chunks_per_unit, num_chunks)):
@@ -177,7 +201,21 @@ def _attend_unit(parameters, shared, seq, kv_head, part, units_per_head, scratch
         first, last = max(first_position, start), min(seq_len, start + chunk_size)
         # Alone with its sequence and head, a unit joins as it goes and needs room for two results.
         partial = move(total, (chunk if units_per_head > 1 else min(chunk, 1)) * partial_size)
-        _attend_chunk(parameters, keys, values, table, start, first, last, num_blocks, queries, scores, partial)
+        _attend_chunk(
+            parameters,
+            keys,
+            values,
+            k_scales,
+            v_scales,
+            table,
+            start,
+            first,
+            last,
+            num_blocks,
+            queries,
+            scores,
+            partial,
+        )
         if units_per_head == 1 and chunk > 0:
             _join(total, partial, num_heads, head_dim)
     if units_per_head > 1:
@@ -189,7 +227,9 @@ def _attend_unit(parameters, shared, seq, kv_head, part, units_per_head, scratch
     call.store_results(parameters, shared, seq, 1, kv_head, total, move(total, divisors))
 
 
-def _attend(shared: Any) -> None:
+@numba.njit(inline="always")
+def _share_out(shared, page):  # type: ignore[no-untyped-def]
+    """`shared` points to elements of the query's dtype, `page` to such as the cache holds."""
     parameters = int64_pointer(shared)
     thread = take(move(parameters, call.THREAD))
     scratch = int64_pointer(parameters[SCRATCH] + 8 * thread * parameters[SCRATCH_SIZE])
@@ -199,11 +239,20 @@ def _attend(shared: Any) -> None:
         units_per_head = (first_units[seq + 1] - first_units[seq]) // num_kv_heads
         while unit < first_units[seq + 1]:
             kv_head, part = divmod(unit - first_units[seq], units_per_head)
-            _attend_unit(parameters, shared, seq, kv_head, part, units_per_head, scratch)
+            _attend_unit(parameters, shared, page, seq, kv_head, part, units_per_head, scratch)
             unit = take(parameters)
 
 
+def _attend(shared: Any) -> None:
+    _share_out(shared, shared)
+
+
+def _attend_codes(shared: Any) -> None:
+    _share_out(shared, int8_pointer(shared))
+
+
 WORKER = Worker(_attend, _prepare)
+CODES_WORKER = Worker(_attend_codes, _prepare)
 
 
 def paged_decode(
@@ -215,6 +264,8 @@ def paged_decode(
     scale: float,
     sliding_window: int | None = None,
     out: torch.Tensor | None = None,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     num_seqs, num_heads, head_dim = query.shape
     out = new_tensor(tuple(query.shape), query.dtype) if out is None else out
@@ -223,22 +274,23 @@ def paged_decode(
     _, num_kv_heads, block_size, _ = k_cache.shape
     max_num_positions = block_tables.shape[1] * block_size
     is_small = 2 * num_seqs * max_num_positions * num_kv_heads * head_dim <= _MIN_ELEMENTS
-    num_threads = 1 if is_small else torch.get_num_threads()
+    num_threads = 1 if is_small and not is_recording() else torch.get_num_threads()
     chunk_size = _chunk_size(block_size)
     group_size = num_heads // num_kv_heads
-    partial_size = _partial_size(group_size, head_dim)
-    scratch_size = group_size * (padded(head_dim) + padded(chunk_size)) + 2 * partial_size
+    partial_size = _partial_size.py_func(group_size, head_dim)
+    scratch_size = group_size * (padded.py_func(head_dim) + padded.py_func(chunk_size)) + 2 * partial_size
     scratch_size = -(-scratch_size // 16) * 8
+    num_planned = 2 * num_seqs + 1 + num_seqs * num_kv_heads
     max_num_partials = num_seqs * num_kv_heads * -(-max_num_positions // chunk_size)
-    memory = scratch(8 * num_threads * scratch_size + 4 * max_num_partials * partial_size)
-
-    parameters = np.empty(NUM_FIELDS + 2 * num_seqs + 1 + num_seqs * num_kv_heads, np.int64)
-    first_units = parameters.ctypes.data + 8 * NUM_FIELDS
+    memory = scratch(8 * (num_threads * scratch_size + num_planned) + 4 * max_num_partials * partial_size)
+    first_units = memory + 8 * num_threads * scratch_size
     first_partials = first_units + 8 * (num_seqs + 1)
-    parameters[:NUM_FIELDS] = [
-        *call.describe(query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out),
-        *(num_threads, chunk_size, 0, first_units, first_partials, first_partials + 8 * num_seqs),
-        *(memory + 8 * num_threads * scratch_size, memory, scratch_size),
-    ]
-    WORKER.run(query.dtype, parameters, num_threads)
+    finished = first_partials + 8 * num_seqs
+    partials = finished + 8 * num_seqs * num_kv_heads
+    common = call.describe(
+        query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out, k_scales, v_scales
+    )
+    own = (num_threads, chunk_size, 0, first_units, first_partials, finished, partials, memory, scratch_size)
+    worker = WORKER if k_scales is None else CODES_WORKER
+    worker.run(query.dtype, np.array([*common, *own], np.int64), num_threads)
     return out

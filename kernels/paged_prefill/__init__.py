@@ -19,6 +19,8 @@ def paged_prefill(
     max_query_len: int,
     sliding_window: int | None = None,
     out: torch.Tensor | None = None,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
     *,
     backend: Backend = "auto",
 ) -> torch.Tensor:
@@ -31,7 +33,8 @@ def paged_prefill(
 
     Args:
         query: [T, Hq, D]; float32, float16 or bfloat16, any D. The last dimension is contiguous.
-        k_cache: [num_blocks, Hk, block_size, D] in query's dtype; a block of one head is contiguous. Hk divides Hq.
+        k_cache: [num_blocks, Hk, block_size, D] in query's dtype, or int8 with scales; a block of one head is
+            contiguous. Hk divides Hq.
         v_cache: like k_cache, with the same strides.
         block_tables: [S, M] int32, rows contiguous: the ids of a sequence's blocks in order. Entries past its length,
             and those that a sliding window has left behind, are never followed: they may be 0 or stale.
@@ -41,6 +44,9 @@ def paged_prefill(
         max_query_len: the longest query_len, known on the host.
         sliding_window: W: position p sees positions j <= p with p - j < W; None sees all.
         out: where to write; None for a new tensor. The last dimension is contiguous.
+        k_scales: [num_blocks, Hk, block_size] float32, the last dimension contiguous: what the codes of a slot of an
+            int8 cache are multiplied with. None for other caches.
+        v_scales: like k_scales, with the same strides.
         backend: "auto" goes by query's device.
 
     Returns:
@@ -53,7 +59,9 @@ def paged_prefill(
     Source: Dao, "FlashAttention-2", 2023 (arXiv 2307.08691), over the pages of PagedAttention (arXiv 2309.06180).
     """
     body = choose_body(backend, query.device)
-    check_attention(query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out, body)
+    check_attention(
+        query, k_cache, v_cache, k_scales, v_scales, block_tables, seq_lens, scale, sliding_window, out, body
+    )
     require(
         query_start.shape == (seq_lens.shape[0] + 1,)
         and query_start.dtype == torch.int32
@@ -69,4 +77,7 @@ def paged_prefill(
         from quire.kernels.paged_prefill.cpu import paged_prefill as run
     else:
         from quire.kernels.paged_prefill.reference import paged_prefill as run
-    return run(query, k_cache, v_cache, block_tables, seq_lens, query_start, scale, max_query_len, sliding_window, out)
+    return run(
+        *(query, k_cache, v_cache, block_tables, seq_lens, query_start, scale, max_query_len, sliding_window, out),
+        *(k_scales, v_scales),
+    )

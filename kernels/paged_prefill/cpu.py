@@ -11,9 +11,9 @@ import torch
 from quire.kernels import cpu_attention as call
 from quire.kernels import cpu_elements as elements
 from quire.kernels import cpu_vector as vector
-from quire.kernels.cpu_elements import float32_pointer, int32_pointer, int64_pointer, move, pointer_to
+from quire.kernels.cpu_elements import float32_pointer, int8_pointer, int32_pointer, int64_pointer, move, pointer_to
 from quire.kernels.cpu_lanes import LANES, LOWEST, padded
-from quire.kernels.cpu_workers import Parameters, Worker, cached
+from quire.kernels.cpu_workers import Worker, new_tensor, scratch
 
 _TILE = 64
 """Positions of a tile of keys and values. Tiles begin at multiples of it wherever a chunk of a prompt begins, so a
@@ -23,15 +23,20 @@ _MAX_ROWS = 128  # rows of a tile of queries; a row is one token and one query h
 _TILES_PER_THREAD = 4  # at least so many tiles of queries for each thread, if there are enough tokens
 
 # After the common fields.
-QUERY_START, TOKENS_PER_TILE, SCRATCH, SCRATCH_SIZE, NUM_FIELDS = range(call.NUM_COMMON, call.NUM_COMMON + 5)
+QUERY_START, TOKENS_PER_TILE, MAX_TOKENS_PER_TILE, NUM_THREADS, SCRATCH, SCRATCH_SIZE = range(
+    call.NUM_COMMON, call.NUM_COMMON + 6
+)
 
 
 @numba.njit
-def _unpack(parameters, keys, values, table, start, first, last, addresses, tile_keys, tile_values):  # type: ignore[no-untyped-def]
+def _unpack(  # type: ignore[no-untyped-def]
+    parameters, keys, values, k_scales, v_scales, table, start, first, last, addresses, tile_keys, key_scales,
+    tile_values,
+):  # fmt: skip
     """The positions [first, last) of the tile at `start`, as float32: keys [D, _TILE] and values [_TILE, padded D].
 
-    Columns of keys at other positions repeat one of these; such values are zero. Returns 0.0, or NaN if a value is not
-    finite.
+    Columns of keys at other positions repeat one of these; such values are zero. Keys are not yet multiplied with their
+    scales, `key_scales` [_TILE]. Returns 0.0, or NaN if a value is not finite.
     """
     head_dim, block_size = parameters[call.HEAD_DIM], parameters[call.BLOCK_SIZE]
     padded_dim = padded(head_dim)
@@ -39,11 +44,17 @@ def _unpack(parameters, keys, values, table, start, first, last, addresses, tile
     for column in range(_TILE):
         position = min(max(start + column, first), last - 1)
         block = position // block_size
-        offset = np.int64(table[block]) * parameters[call.BLOCK_STRIDE] + (position - block * block_size) * head_dim
+        block_id, slot = np.int64(table[block]), position - block * block_size
+        offset = block_id * parameters[call.BLOCK_STRIDE] + slot * head_dim
+        factor = np.float32(1.0)
+        if k_scales != 0:
+            scale = block_id * parameters[call.SCALES_BLOCK_STRIDE] + slot
+            key_scales[column] = float32_pointer(k_scales)[scale]
+            factor = float32_pointer(v_scales)[scale]
         addresses[column] = elements.address_of(move(keys, offset))
         target = move(tile_values, column * padded_dim)
         if position == start + column:
-            taint += vector.unpack_row(move(values, offset), head_dim, target)
+            taint += vector.unpack_row(move(values, offset), head_dim, factor, target)
         else:
             for i in range(padded_dim):
                 target[i] = 0.0
@@ -107,7 +118,7 @@ def _add_values(weights, num_rows, num_heads, position, window, start, tainted, 
 
 
 @numba.njit(inline="always")
-def _attend_tile(parameters, shared, seq, kv_head, first_token, scratch):  # type: ignore[no-untyped-def]
+def _attend_tile(parameters, shared, page, seq, kv_head, first_token, scratch):  # type: ignore[no-untyped-def]
     """The tokens of a sequence from its `first_token`-th new one on, for the query heads of one KV head."""
     num_heads, head_dim = parameters[call.GROUP_SIZE], parameters[call.HEAD_DIM]
     tokens_per_tile, window = parameters[TOKENS_PER_TILE], parameters[call.WINDOW]
@@ -119,6 +130,7 @@ def _attend_tile(parameters, shared, seq, kv_head, first_token, scratch):  # typ
     scores = move(sums, max_rows * padded_dim)
     maxima = move(scores, max_rows * _TILE)
     divisors, factors = move(maxima, max_rows), move(maxima, 2 * max_rows)
+    key_scales = move(factors, max_rows)
 
     query_start = int32_pointer(parameters[QUERY_START])
     token = np.int64(query_start[seq]) + first_token
@@ -135,13 +147,15 @@ def _attend_tile(parameters, shared, seq, kv_head, first_token, scratch):  # typ
         divisors[row] = 0.0
 
     table = move(int32_pointer(parameters[call.TABLES]), seq * parameters[call.TABLE_STRIDE])
-    keys = move(pointer_to(parameters[call.KEYS], shared), kv_head * parameters[call.HEAD_STRIDE])
-    values = move(pointer_to(parameters[call.VALUES], shared), kv_head * parameters[call.HEAD_STRIDE])
+    keys = move(pointer_to(parameters[call.KEYS], page), kv_head * parameters[call.HEAD_STRIDE])
+    values = move(pointer_to(parameters[call.VALUES], page), kv_head * parameters[call.HEAD_STRIDE])
+    k_scales = parameters[call.K_SCALES] + 4 * kv_head * parameters[call.SCALES_HEAD_STRIDE]
+    v_scales = parameters[call.V_SCALES] + 4 * kv_head * parameters[call.SCALES_HEAD_STRIDE]
     first, last = max(position - window + 1, 0), position + num_tokens
     for start in range(first // _TILE * _TILE, last, _TILE):
         taint = _unpack(
-            parameters, keys, values, table, start, max(start, first), min(start + _TILE, last),
-            scratch, tile_keys, tile_values,
+            parameters, keys, values, k_scales, v_scales, table, start, max(start, first), min(start + _TILE, last),
+            scratch, tile_keys, key_scales, tile_values,
         )  # fmt: skip
         width = padded(min(_TILE, last - start))
         for row in range(0, num_rows, vector.ROWS):
@@ -149,6 +163,9 @@ def _attend_tile(parameters, shared, seq, kv_head, first_token, scratch):  # typ
                 move(queries, row * padded_dim), padded_dim, tile_keys, _TILE,
                 move(scores, row * _TILE), _TILE, head_dim, width, factors,
             )  # fmt: skip
+        if k_scales != 0:
+            for row in range(num_rows):
+                vector.multiply_row(move(scores, row * _TILE), key_scales, width)
         _softmax(scores, width, num_rows, num_heads, position, window, start, maxima, divisors, factors)
         _add_values(
             scores, num_rows, num_heads, position, window, start, taint != 0.0, tile_values, padded_dim, sums, factors
@@ -157,7 +174,9 @@ def _attend_tile(parameters, shared, seq, kv_head, first_token, scratch):  # typ
     call.store_results(parameters, shared, token, num_tokens, kv_head, sums, divisors)
 
 
-def _attend(shared: Any) -> None:
+@numba.njit(inline="always")
+def _share_out(shared, page):  # type: ignore[no-untyped-def]
+    """`shared` points to elements of the query's dtype, `page` to such as the cache holds."""
     parameters = int64_pointer(shared)
     thread = elements.take(move(parameters, call.THREAD))
     scratch = int64_pointer(parameters[SCRATCH] + 8 * thread * parameters[SCRATCH_SIZE])
@@ -170,29 +189,43 @@ def _attend(shared: Any) -> None:
         while unit < first_unit + num_tiles * num_kv_heads:
             tile, kv_head = divmod(unit - first_unit, num_kv_heads)
             # The last tile sees the most positions: taken first, it does not keep the other threads waiting.
-            _attend_tile(parameters, shared, seq, kv_head, (num_tiles - 1 - tile) * tokens_per_tile, scratch)
+            _attend_tile(parameters, shared, page, seq, kv_head, (num_tiles - 1 - tile) * tokens_per_tile, scratch)
             unit = elements.take(parameters)
         first_unit += num_tiles * num_kv_heads
 
 
-WORKER = Worker(_attend)
+def _attend(shared: Any) -> None:
+    _share_out(shared, shared)
 
 
-@cached
-def _allocate(given: Parameters, num_threads: int, tokens_per_tile: int, query_start: int) -> Parameters:
-    num_heads, padded_dim = given[call.GROUP_SIZE], padded(given[call.HEAD_DIM])
-    rows = padded(tokens_per_tile * num_heads)
-    num_floats = 2 * padded_dim * _TILE + rows * (2 * padded_dim + _TILE + 3)
-    scratch_size = _TILE + -(-num_floats // 16) * 8
-    num_fixed = -(-NUM_FIELDS // 8) * 8
-    parameters = np.empty(num_fixed + num_threads * scratch_size, np.int64)
-    for field in range(call.NUM_COMMON):
-        parameters[field] = given[field]
-    parameters[QUERY_START] = query_start
-    parameters[TOKENS_PER_TILE] = tokens_per_tile
-    parameters[SCRATCH] = parameters.ctypes.data + 8 * num_fixed
-    parameters[SCRATCH_SIZE] = scratch_size
-    return parameters
+def _attend_codes(shared: Any) -> None:
+    _share_out(shared, int8_pointer(shared))
+
+
+@numba.njit
+def _scratch_size(padded_dim: int, rows: int) -> int:
+    """int64 that a thread needs for tiles of so many rows of queries."""
+    num_floats = 2 * padded_dim * _TILE + rows * (2 * padded_dim + _TILE + 3) + _TILE
+    size: int = _TILE + -(-num_floats // 16) * 8
+    return size
+
+
+def _prepare(shared: Any) -> None:
+    """Choose how many tokens a tile of queries has: enough tiles for all threads, unless they would be tiny."""
+    parameters = int64_pointer(shared)
+    query_start, num_seqs = int32_pointer(parameters[QUERY_START]), parameters[call.NUM_SEQS]
+    longest = np.int64(0)
+    for seq in range(num_seqs):
+        longest = max(longest, np.int64(query_start[seq + 1] - query_start[seq]))
+    largest = parameters[MAX_TOKENS_PER_TILE]
+    num_tiles = parameters[NUM_THREADS] * _TILES_PER_THREAD
+    wanted = -(-np.int64(query_start[num_seqs]) * parameters[call.NUM_KV_HEADS] // num_tiles)
+    parameters[TOKENS_PER_TILE] = max(1, min(largest, longest, max(wanted, largest // 4)))
+    parameters[call.THREAD] = 0
+
+
+WORKER = Worker(_attend, _prepare)
+CODES_WORKER = Worker(_attend_codes, _prepare)
 
 
 def paged_prefill(
@@ -206,17 +239,23 @@ def paged_prefill(
     max_query_len: int,
     sliding_window: int | None = None,
     out: torch.Tensor | None = None,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    out = torch.empty_like(query) if out is None else out
+    out = new_tensor(tuple(query.shape), query.dtype) if out is None else out
     if query.shape[0] == 0:
         return out
-    given = call.describe(query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out)
-    num_threads = torch.get_num_threads()
-    num_tokens, num_heads, _ = query.shape
-    num_kv_heads = k_cache.shape[1]
-    largest = max(1, _MAX_ROWS * num_kv_heads // num_heads)
-    wanted = -(-num_tokens * num_kv_heads // (num_threads * _TILES_PER_THREAD))
-    tokens_per_tile = max(1, min(largest, max_query_len, max(wanted, largest // 4)))
-    parameters = _allocate(given, num_threads, tokens_per_tile, query_start.data_ptr())
-    WORKER.run(query.dtype, parameters, num_threads)
+    _, num_heads, head_dim = query.shape
+    num_kv_heads, num_threads = k_cache.shape[1], torch.get_num_threads()
+    group_size = num_heads // num_kv_heads
+    max_tokens_per_tile = max(1, _MAX_ROWS // group_size)
+    padded_dim, rows = padded.py_func(head_dim), padded.py_func(max_tokens_per_tile * group_size)
+    scratch_size = _scratch_size.py_func(padded_dim, rows)
+    memory = scratch(8 * num_threads * scratch_size)
+    common = call.describe(
+        query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out, k_scales, v_scales
+    )
+    own = (query_start.data_ptr(), 0, max_tokens_per_tile, num_threads, memory, scratch_size)
+    worker = WORKER if k_scales is None else CODES_WORKER
+    worker.run(query.dtype, np.array([*common, *own], np.int64), num_threads)
     return out

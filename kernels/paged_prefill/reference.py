@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from quire.kernels.quantization import read_slots
+
 
 def paged_prefill(
     query: torch.Tensor,
@@ -16,6 +18,8 @@ def paged_prefill(
     max_query_len: int,
     sliding_window: int | None = None,
     out: torch.Tensor | None = None,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     out = torch.empty_like(query) if out is None else out
     block_size = k_cache.shape[2]
@@ -28,8 +32,8 @@ def paged_prefill(
         first = 0 if sliding_window is None else max(0, seq_len - (end - start) - sliding_window + 1)
         positions = torch.arange(first, seq_len, device=query.device)
         block_ids = block_tables[sequence, positions // block_size].long()
-        keys = k_cache[block_ids, :, positions % block_size].to(wide)  # [L, Hk, D]
-        values = v_cache[block_ids, :, positions % block_size].to(wide)
+        keys = read_slots(k_cache, k_scales, block_ids, positions % block_size, wide)  # [L, Hk, D]
+        values = read_slots(v_cache, v_scales, block_ids, positions % block_size, wide)
         keys = keys.repeat_interleave(group_size, dim=1)  # [L, Hq, D]
         values = values.repeat_interleave(group_size, dim=1)
         distance = query_positions[:, None] - positions[None, :]  # [Q, L]

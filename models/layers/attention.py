@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import torch
 
+from quire.kernels.backend import empty
 from quire.kernels.paged_decode import paged_decode
 from quire.kernels.paged_prefill import paged_prefill
+from quire.kernels.rms_norm import rms_norm
+from quire.kernels.rope import rope
 from quire.kernels.rope_kv_write import rope_kv_write
 from quire.models.config import ModelConfig
 from quire.models.forward_batch import ForwardBatch
+from quire.models.kv_cache import KVCache
 from quire.models.layers.linear import fused_linear, linear
 from quire.models.weights import Weights
-
-KVCache = tuple[torch.Tensor, torch.Tensor]
-"""k_cache and v_cache of one layer, each [num_blocks, num_kv_heads, block_size, head_dim]."""
 
 
 class PagedAttention:
@@ -28,19 +29,22 @@ class PagedAttention:
         num_decodes = batch.num_decodes  # each of one token: rows of `query` and of the block tables alike
         if num_decodes == len(query):
             return self._decode(query, batch, cache, None).flatten(1)
-        out = query.new_empty(query.shape)
+        out = empty(tuple(query.shape), query)
         if num_decodes:
             self._decode(query[:num_decodes], batch, cache, out[:num_decodes])
         paged_prefill(
             query[num_decodes:],
-            *cache,
+            cache.keys,
+            cache.values,
             batch.block_tables[num_decodes:],
             batch.seq_lens[num_decodes:],
-            batch.query_start[num_decodes:] - num_decodes,
+            batch.prefill_start,
             self._scale,
             batch.max_query_len,
             self._sliding_window,
             out[num_decodes:],
+            cache.key_scales,
+            cache.value_scales,
         )
         return out.flatten(1)
 
@@ -48,7 +52,10 @@ class PagedAttention:
         self, query: torch.Tensor, batch: ForwardBatch, cache: KVCache, out: torch.Tensor | None
     ) -> torch.Tensor:
         tables, seq_lens = batch.block_tables[: len(query)], batch.seq_lens[: len(query)]
-        return paged_decode(query, *cache, tables, seq_lens, self._scale, self._sliding_window, out)
+        return paged_decode(
+            *(query, cache.keys, cache.values, tables, seq_lens, self._scale, self._sliding_window, out),
+            *(cache.key_scales, cache.value_scales),
+        )
 
 
 class RotaryAttention:
@@ -89,8 +96,15 @@ class RotaryAttention:
     def __call__(self, hidden: torch.Tensor, batch: ForwardBatch, cache: KVCache) -> torch.Tensor:
         heads = self._qkv(hidden).unflatten(-1, (-1, self._head_dim))  # [T, Hq + 2 Hk, D]
         query, key, value = heads.split(self._heads, dim=1)
-        rope_kv_write(
-            *(query, key, value, batch.positions, self._cos_sin),
-            *(*cache, batch.slot_mapping, *self._norms, self._norm_eps),
-        )
+        if cache.key_scales is None:
+            rope_kv_write(
+                *(query, key, value, batch.positions, self._cos_sin, cache.keys, cache.values, batch.slot_mapping),
+                *(*self._norms, self._norm_eps),
+            )
+        else:
+            query_norm, key_norm = self._norms
+            if query_norm is not None and key_norm is not None:
+                query, key = rms_norm(query, query_norm, self._norm_eps), rms_norm(key, key_norm, self._norm_eps)
+            rope(query, key, batch.positions, self._cos_sin)
+            cache.write(key, value, batch.slot_mapping)
         return self._out(self._attention(query, batch, cache))

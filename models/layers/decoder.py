@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import torch
 
+from quire.kernels.take_rows import take_rows
 from quire.models.config import ModelConfig
 from quire.models.forward_batch import ForwardBatch
-from quire.models.layers.attention import KVCache, RotaryAttention
+from quire.models.kv_cache import KVCache
+from quire.models.layers.attention import RotaryAttention
 from quire.models.layers.embedding import load_embedding_and_head
 from quire.models.layers.mlp import GatedMLP
 from quire.models.layers.norm import RMSNorm
@@ -74,7 +76,7 @@ class Decoder:
         for layer, cache in zip(self._layers, kv_caches, strict=True):
             hidden, residual = layer(hidden, residual, batch, cache)
         if batch.logits_indices is not None and residual is not None:
-            hidden, residual = hidden[batch.logits_indices], residual[batch.logits_indices]
+            hidden, residual = (take_rows(x, batch.logits_indices) for x in (hidden, residual))
         return self._norm(hidden, residual)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -6,19 +6,26 @@ import torch
 import torch.nn.functional as F
 
 from quire.kernels import linear as packed
-from quire.models.layers.linear import Linear, PackedLinear, TorchLinear
+from quire.kernels import quantized_linear as quantized
+from quire.kernels.quantized_linear import QuantizedWeight
+from quire.models.layers.linear import Linear, PackedLinear, QuantizedLinear, TorchLinear, quantize
 from quire.models.weights import Weights
+
+Table = torch.Tensor | packed.PackedWeight | QuantizedWeight
 
 
 class Embedding:
     """Row i of a table [num_rows, size] for index i; the indices are in range."""
 
-    def __init__(self, table: torch.Tensor | packed.PackedWeight) -> None:
+    def __init__(self, table: Table, dtype: torch.dtype) -> None:
         self._table = table
+        self._dtype = dtype
 
     def __call__(self, indices: torch.Tensor) -> torch.Tensor:
         if isinstance(self._table, torch.Tensor):
             return F.embedding(indices, self._table)
+        if isinstance(self._table, QuantizedWeight):
+            return quantized.embedding(indices, self._table, self._dtype)
         return packed.embedding(indices, self._table)
 
 
@@ -33,7 +40,8 @@ class LogitsHead:
 
 
 def load_embedding(weights: Weights, name: str, num_rows: int, size: int) -> Embedding:
-    return Embedding(_table(weights.tensor(f"{name}.weight", num_rows, size)))
+    """Not rounded to fewer bits: looking a row up takes no time."""
+    return Embedding(_unrounded_table(weights.tensor(f"{name}.weight", num_rows, size)), weights.dtype)
 
 
 def load_embedding_and_head(
@@ -41,18 +49,27 @@ def load_embedding_and_head(
 ) -> tuple[Embedding, LogitsHead]:
     """The first and the last layer of a model: one table if they are `tied`."""
     weight = weights.tensor(f"{embedding_name}.weight", vocab_size, size)
-    table = _table(weight)
+    table = _table(weights, weight)
     if tied:
         weights.skip_copy(f"{head_name}.weight", weight)
-        return Embedding(table), LogitsHead(_projection(table))
-    return Embedding(table), LogitsHead(_projection(_table(weights.tensor(f"{head_name}.weight", vocab_size, size))))
+        return Embedding(table, weights.dtype), LogitsHead(_projection(table))
+    head = _table(weights, weights.tensor(f"{head_name}.weight", vocab_size, size))
+    return Embedding(table, weights.dtype), LogitsHead(_projection(head))
 
 
-def _table(weight: torch.Tensor) -> torch.Tensor | packed.PackedWeight:
+def _table(weights: Weights, weight: torch.Tensor) -> Table:
+    if weights.quantization is not None:
+        return quantize(weights, weight, 8)  # in int4 too: the last layer's errors are not averaged by others
+    return _unrounded_table(weight)
+
+
+def _unrounded_table(weight: torch.Tensor) -> Table:
     return packed.pack(weight) if weight.device.type == "cpu" else weight
 
 
-def _projection(table: torch.Tensor | packed.PackedWeight) -> Linear:
+def _projection(table: Table) -> Linear:
+    if isinstance(table, QuantizedWeight):
+        return QuantizedLinear(table, None, None)
     if isinstance(table, torch.Tensor):
         return TorchLinear(table, None, None, gated=False)
     return PackedLinear(table, None, None)

@@ -7,9 +7,14 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from quire.config import ConfigError, Quantization
 from quire.kernels import linear as packed
+from quire.kernels import quantized_linear as quantized
 from quire.kernels.linear import Activation
+from quire.kernels.quantized_linear import Bits, QuantizedWeight, quantized_linear
 from quire.models.weights import Weights
+
+BITS: dict[Quantization, Bits] = {"int8": 8, "int4": 4}
 
 
 class Linear(Protocol):
@@ -51,6 +56,18 @@ class PackedLinear:
         return packed.linear(x, self._weight, self._bias, activation=self._activation, out_dtype=out_dtype)
 
 
+class QuantizedLinear:
+    """On a CPU, on weights that were rounded to 8 or 4 bits."""
+
+    def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None, activation: Activation | None) -> None:
+        self._weight = weight
+        self._bias = None if bias is None else packed.pack_bias(bias, gated=weight.gated)
+        self._activation = activation
+
+    def __call__(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        return quantized_linear(x, self._weight, self._bias, activation=self._activation, out_dtype=out_dtype)
+
+
 def activate(x: torch.Tensor, activation: Activation | None) -> torch.Tensor:
     match activation:
         case None:
@@ -66,16 +83,33 @@ def activate(x: torch.Tensor, activation: Activation | None) -> torch.Tensor:
 
 
 def make_linear(
+    weights: Weights,
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
     activation: Activation | None = None,
     gated: bool = False,
 ) -> Linear:
-    """The layer for the device that `weight` [out_features, in_features] is on; gated: the gate's rows come first."""
+    """The layer for `weight` [out_features, in_features], taken from `weights`; gated: the gate's rows come first."""
+    if weights.quantization is not None:
+        return QuantizedLinear(quantize(weights, weight, BITS[weights.quantization], gated=gated), bias, activation)
     if weight.device.type == "cpu":
         return PackedLinear(packed.pack(weight, gated=gated), bias, activation)
     return TorchLinear(weight, bias, activation, gated=gated)
+
+
+def quantize(weights: Weights, weight: torch.Tensor, bits: Bits, *, gated: bool = False) -> QuantizedWeight:
+    """Round a weight that was taken from `weights`.
+
+    Raises:
+        ConfigError: it is not finite.
+    """
+    try:
+        rounded = quantized.quantize(weight, bits, gated=gated)
+    except ValueError as error:
+        raise ConfigError(f"--quantization {weights.quantization}: {error}; load the model without it.") from error
+    weights.replaced(weight, rounded.num_bytes)
+    return rounded
 
 
 def fused_linear(
@@ -90,7 +124,7 @@ def fused_linear(
     """Several projections of one input as one: their outputs side by side, in the order of `rows` (name: features)."""
     weight = weights.stacked({f"{name}.weight": num for name, num in rows.items()}, in_features)
     bias_vector = weights.stacked({f"{name}.bias": num for name, num in rows.items()}) if bias else None
-    return make_linear(weight, bias_vector, activation=activation, gated=gated)
+    return make_linear(weights, weight, bias_vector, activation=activation, gated=gated)
 
 
 def linear(weights: Weights, name: str, in_features: int, out_features: int, *, bias: bool) -> Linear:

@@ -64,7 +64,7 @@ class FakeEngine:
             block_size=config.block_size,
             num_blocks=100,
             max_num_seqs=4,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=config.max_num_batched_tokens or 2048,
             dtype="float32",
             device="cpu",
             enable_prefix_caching=True,

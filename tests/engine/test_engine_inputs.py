@@ -36,14 +36,15 @@ def check(batch: ScheduledBatch, inputs: ForwardBatch) -> None:
     assert inputs.positions.tolist() == expected["positions"]
     assert inputs.slot_mapping.tolist() == expected["slots"]
     assert inputs.seq_lens.tolist() == expected["seq_lens"]
-    assert inputs.query_start.tolist() == expected["query_start"]
+    starts = [start - batch.num_decodes for start in expected["query_start"][batch.num_decodes :]]
+    assert inputs.prefill_start.tolist() == starts
     wanted = list(range(len(inputs.token_ids))) if inputs.logits_indices is None else inputs.logits_indices.tolist()
     assert wanted == [expected["query_start"][index + 1] - 1 for index in batch.sampling]
     assert inputs.max_seq_len == max(expected["seq_lens"])
     for row, sequence in enumerate(batch.sequences):
         used = -(-expected["seq_lens"][row] // BLOCK_SIZE)
         assert inputs.block_tables[row, :used].tolist() == sequence.block_table.block_ids[:used]
-    assert inputs.block_tables.dtype == inputs.seq_lens.dtype == inputs.query_start.dtype == torch.int32
+    assert inputs.block_tables.dtype == inputs.seq_lens.dtype == inputs.prefill_start.dtype == torch.int32
     assert inputs.token_ids.dtype == inputs.positions.dtype == inputs.slot_mapping.dtype == torch.int64
 
 
@@ -57,7 +58,7 @@ def test_inputs_are_what_the_batches_mean_through_hits_forks_chunks_and_preempti
         max_model_len=MAX_MODEL_LEN,
     )
     scheduler = Scheduler(config)
-    builder = InputBuilder(config.max_num_seqs, MAX_MODEL_LEN, BLOCK_SIZE, torch.device("cpu"))
+    builder = InputBuilder(13, config.max_num_seqs, MAX_MODEL_LEN, BLOCK_SIZE, torch.device("cpu"))
     shared = [rng.randrange(100) for _ in range(40)]
     for index in range(30):
         prompt = shared[: rng.randrange(1, 40)] + [rng.randrange(100) for _ in range(rng.randrange(1, 10))]

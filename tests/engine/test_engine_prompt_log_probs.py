@@ -15,7 +15,9 @@ import transformers
 from quire.config import EngineConfig
 from quire.engine.engine import Engine
 from quire.engine.log_prob_pages import LogProbPages
+from quire.engine.model_runner import ModelOutput
 from quire.engine.prompt_log_probs import MAX_LOGITS_BYTES, log_prob_entries, rows_at_once
+from quire.models.forward_batch import ForwardBatch
 from quire.sampling_params import InvalidParameterError, SamplingParams
 from quire.scheduler.output import MIN_LOG_PROB, FinishReason, StepOutput, TokenLogProbs
 from quire.scheduler.request import Request
@@ -243,15 +245,15 @@ def test_a_prompt_with_logits_that_are_not_finite_fails_and_is_not_found(tiny_ch
     token_ids = prompts(320)[-1]
     expected = score(engine, [token_ids])
     engine.reset_prefix_cache()
-    forward, num_steps = engine._model.forward, 0
+    compute, num_steps = engine._runner.run, 0
 
-    def broken(batch: Any, kv_caches: Any) -> torch.Tensor:
+    def broken(inputs: ForwardBatch, num_sampled: int) -> ModelOutput:
         nonlocal num_steps
         num_steps += 1
-        hidden = forward(batch, kv_caches)
-        return hidden * torch.nan if num_steps == 2 else hidden
+        output = compute(inputs, num_sampled)
+        return ModelOutput(output.logits, output.best, output.scored * torch.nan) if num_steps == 2 else output
 
-    engine._model.forward = broken  # type: ignore[method-assign]
+    engine._runner.run = broken  # type: ignore[method-assign]
     ((output,),) = run(engine, [(token_ids, SamplingParams(max_tokens=0, prompt_logprobs=DEPTH))])
     assert (output.finish_reason, output.prompt_log_probs) == (FinishReason.ERROR, None)
     assert score(engine, [token_ids]) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from quire.config import ConfigError, EngineConfig
 from quire.engine.engine import Engine
+from quire.engine.process import load_engine
 from quire.kernels.cpu_workers import Worker
 from quire.sampling_params import SamplingParams
 from quire.scheduler.request import Request
@@ -97,3 +99,20 @@ def test_nothing_is_left_to_compile_for_the_first_request(
     engine.add(Request(request_id="r", prompt_token_ids=list(range(40)), params=params, seed=0))
     tokens = [token_id for _ in range(3) for output in engine.step() for token_id in output.token_ids]
     assert len(tokens) == 3
+
+
+def test_collection_of_garbage_rests_during_the_start_and_leaves_out_what_it_made(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
+    enabled: list[bool] = []
+    config = EngineConfig(model=str(tiny_checkpoint("llama")), device="cpu", num_blocks=8)
+    try:
+        load_engine(config, lambda *_: enabled.append(gc.isenabled()))
+        assert not any(enabled)
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 10_000
+        with pytest.raises(ConfigError):
+            load_engine(EngineConfig(model="/nowhere", device="cpu"), lambda *_: None)
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()

@@ -12,6 +12,7 @@ import torch
 
 from quire.kernels.paged_decode import paged_decode
 from quire.kernels.paged_prefill import paged_prefill
+from quire.kernels.quantization import quantize
 
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
 
@@ -46,13 +47,30 @@ class Problem:
     block_tables: torch.Tensor  # [S, M] int32
     seq_lens: torch.Tensor  # [S] int32
     query_start: torch.Tensor  # [S + 1] int32
+    k_scales: torch.Tensor | None = None  # [num_blocks, Hk, block_size] float32 if the caches are int8
+    v_scales: torch.Tensor | None = None
 
     @property
     def scale(self) -> float:
         return float(self.shape.head_dim**-0.5)
 
+    @property
+    def scales(self) -> dict[str, torch.Tensor | None]:
+        return {"k_scales": self.k_scales, "v_scales": self.v_scales}
+
     def to(self, dtype: torch.dtype) -> Problem:
-        return replace(self, query=self.query.to(dtype), k_cache=self.k_cache.to(dtype), v_cache=self.v_cache.to(dtype))
+        query = self.query.to(dtype)
+        if self.k_scales is not None:
+            return replace(self, query=query)
+        return replace(self, query=query, k_cache=self.k_cache.to(dtype), v_cache=self.v_cache.to(dtype))
+
+    def as_int8(self) -> Problem:
+        """The same tokens as codes and scales. A foreign slot keeps NaN as its scale and gets codes of 85."""
+        codes, scales = zip(*(quantize(cache) for cache in (self.k_cache, self.v_cache)), strict=True)
+        k_cache, v_cache = (
+            code.masked_fill(scale.isnan()[..., None], 85) for code, scale in zip(codes, scales, strict=True)
+        )
+        return replace(self, k_cache=k_cache, v_cache=v_cache, k_scales=scales[0], v_scales=scales[1])
 
 
 def make_problem(shape: Shape, dtype: torch.dtype, device: torch.device, table_seed: int = 0) -> Problem:
@@ -92,15 +110,16 @@ def make_problem(shape: Shape, dtype: torch.dtype, device: torch.device, table_s
 
 def run_decode(problem: Problem, run: Run = paged_decode, **options: Any) -> torch.Tensor:
     p = problem
-    caches = (p.k_cache, p.v_cache)
-    return run(p.query, *caches, p.block_tables, p.seq_lens, p.scale, sliding_window=p.shape.window, **options)
+    arguments = (p.query, p.k_cache, p.v_cache, p.block_tables, p.seq_lens, p.scale)
+    return run(*arguments, sliding_window=p.shape.window, **p.scales, **options)
 
 
 def run_prefill(problem: Problem, run: Run = paged_prefill, **options: Any) -> torch.Tensor:
     p = problem
     tables = (p.block_tables, p.seq_lens, p.query_start)
     arguments = (p.query, p.k_cache, p.v_cache, *tables, p.scale)
-    return run(*arguments, max_query_len=max(p.shape.query_lens), sliding_window=p.shape.window, **options)
+    lens = {"max_query_len": max(p.shape.query_lens), "sliding_window": p.shape.window}
+    return run(*arguments, **lens, **p.scales, **options)
 
 
 def check(attend: Callable[..., torch.Tensor], problem: Problem, **options: Any) -> torch.Tensor:
@@ -125,10 +144,16 @@ def launched(op: str, parameters: Any) -> Run:
     """`op` with launch parameters of the test's own; the module is looked up when called, as it may be interpreted."""
 
     def run(
-        *arguments: Any, sliding_window: int | None, max_query_len: int = 1, out: torch.Tensor | None = None
+        *arguments: Any,
+        sliding_window: int | None,
+        k_scales: torch.Tensor | None,
+        v_scales: torch.Tensor | None,
+        max_query_len: int = 1,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         out = torch.empty_like(arguments[0]) if out is None else out
-        importlib.import_module(f"quire.kernels.{op}.triton").launch(*arguments, sliding_window, out, parameters)
+        launch = importlib.import_module(f"quire.kernels.{op}.triton").launch
+        launch(*arguments, sliding_window, out, k_scales, v_scales, parameters)
         return out
 
     return run

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from quire.kernels.cpu_recording import Arena, NotRecordableError, record
+from quire.kernels.cpu_sized_recording import Sizes, Step, record_for_sizes
 from quire.kernels.linear import PackedWeight, linear, pack
 from quire.kernels.paged_decode import paged_decode
 from quire.kernels.rms_norm import rms_norm
+from quire.kernels.take_rows import take_rows
 
 
 def chain(x: torch.Tensor, weights: list[PackedWeight], norm: torch.Tensor) -> torch.Tensor:
@@ -20,6 +23,14 @@ def chain(x: torch.Tensor, weights: list[PackedWeight], norm: torch.Tensor) -> t
     for weight in weights:
         x = linear(rms_norm(x, norm, 1e-6), weight, activation="silu")
     return rms_norm(x, norm, 1e-6, residual)
+
+
+@pytest.fixture(autouse=True)
+def five_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
@@ -97,6 +108,7 @@ def test_fewer_threads_than_asked_for_still_finish() -> None:
         "import torch\n"
         "from quire.kernels.cpu_recording import Arena, record\n"
         "from quire.kernels.linear import linear, pack\n"
+        "torch.set_num_threads(4)\n"
         "x, weight = torch.ones(2, 64), pack(torch.ones(64, 64))\n"
         "with record(Arena()) as recording:\n"
         "    y = linear(linear(x, weight), weight)\n"
@@ -105,3 +117,55 @@ def test_fewer_threads_than_asked_for_still_finish() -> None:
     )
     environment = {**os.environ, "OMP_THREAD_LIMIT": "2", "OMP_NUM_THREADS": "2"}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment)
+
+
+def sized(x: torch.Tensor, indices: torch.Tensor, weight: PackedWeight, norm: torch.Tensor) -> Step:
+    def step(sizes: Sizes) -> tuple[torch.Tensor, ...]:
+        num_rows, num_wanted = sizes
+        hidden = rms_norm(linear(x[:num_rows], weight, activation="silu"), norm, 1e-6)
+        return hidden, take_rows(hidden[1:], indices[:num_wanted])
+
+    return step
+
+
+def test_one_recording_serves_every_size() -> None:
+    torch.manual_seed(3)
+    x, indices = torch.randn(50, 32), torch.zeros(50, dtype=torch.int64)
+    weight, norm = pack(torch.randn(32, 32)), torch.rand(32)
+    step = sized(x, indices, weight, norm)
+    recording = record_for_sizes(Arena(), step, (2, 1), (50, 50), 50)
+    for num_rows, num_wanted in ((2, 1), (50, 50), (17, 3), (3, 9), (49, 0)):
+        x.normal_()
+        indices.random_(0, num_rows - 1)
+        recording.replay((num_rows, num_wanted), 2)
+        for found, expected in zip(recording.outputs, step((num_rows, num_wanted)), strict=True):
+            assert torch.equal(found[: len(expected)], expected)
+
+
+def test_what_does_not_follow_from_the_sizes_is_refused() -> None:
+    x, weight = torch.ones(50, 32), pack(torch.ones(32, 32))
+
+    def bent(sizes: Sizes) -> tuple[torch.Tensor, ...]:
+        return (linear(x[: min(sizes[0], 40)], weight),)
+
+    def branching(sizes: Sizes) -> tuple[torch.Tensor, ...]:
+        y = linear(x[: sizes[0]], weight)
+        return (linear(y, weight) if sizes[0] > 20 else y,)
+
+    with pytest.raises(NotRecordableError, match="not affine"):
+        record_for_sizes(Arena(), bent, (2,), (50,), 50)
+    with pytest.raises(NotRecordableError, match="which kernels run"):
+        record_for_sizes(Arena(), branching, (2,), (50,), 50)
+
+
+def test_recording_does_not_import_the_compiler_of_torch() -> None:
+    """The first step that was recorded took most of a second for it, and the process 80 MB more from then on."""
+    code = (
+        "import sys, torch\n"
+        "from quire.kernels.cpu_recording import Arena, record\n"
+        "x = torch.zeros(4)\n"
+        "with record(Arena()):\n"
+        "    x.view(2, 2)\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

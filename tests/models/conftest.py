@@ -11,6 +11,7 @@ import torch
 
 from quire.models.config import ModelConfig
 from quire.models.forward_batch import ForwardBatch
+from quire.models.kv_cache import KVCache
 from quire.models.loading import load_model
 
 BLOCK_SIZE = 8
@@ -25,7 +26,7 @@ class PagedRunner:
         self.model = load_model(directory, self.config, dtype=dtype, device=torch.device("cpu"))
         shape = (NUM_BLOCKS, self.config.num_kv_heads, BLOCK_SIZE, self.config.head_dim)
         self.caches = [
-            (torch.full(shape, torch.nan, dtype=dtype), torch.full(shape, torch.nan, dtype=dtype))
+            KVCache(torch.full(shape, torch.nan, dtype=dtype), torch.full(shape, torch.nan, dtype=dtype))
             for _ in range(self.config.num_layers)
         ]
         self.free = random.Random(3).sample(range(1, NUM_BLOCKS), NUM_BLOCKS - 1)
@@ -60,7 +61,7 @@ class PagedRunner:
             slot_mapping=torch.tensor(slots),
             block_tables=tables,
             seq_lens=torch.tensor([self.lengths[name] for name in work], dtype=torch.int32),
-            query_start=query_start.to(torch.int32),
+            prefill_start=(query_start[num_decodes:] - num_decodes).to(torch.int32),
             logits_indices=torch.arange(len(positions)) if every_token else query_start[1:] - 1,
             num_decodes=num_decodes,
             max_query_len=max(counts[num_decodes:], default=0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import threading
 import time
@@ -25,8 +26,9 @@ from quire.scheduler.output import FinishReason, SchedulerStats, StepOutput, Tok
 from quire.server.app import create_app
 from quire.server.cli import _loop_factory
 from quire.server.guard import Guard
+from quire.server.http_server import HttpServer
 from quire.server.protocol import ServerConfig
-from quire.server.serve import HttpServer, bind
+from quire.server.serve import bind
 from quire.server.settings import Limits, ServerSettings
 from quire.tales import MODEL_DIR
 
@@ -106,6 +108,7 @@ class FakeClient:
     """Steps whose deltas were taken."""
     num_aborted: int = 0
     on_step: Callable[[int], None] = field(default=lambda num_tokens: None)
+    pid: int = field(default_factory=os.getpid)
 
     def stats(self) -> SchedulerStats:
         return SchedulerStats(num_running=self.num_open, num_free_blocks=48, num_used_blocks=15)

@@ -140,6 +140,14 @@ def test_front_process_stays_light(module: str) -> None:
     assert done.stdout.strip() == ""
 
 
+def test_slow_imports_wait_until_the_engine_process_has_begun() -> None:
+    slow = {"fastapi", "huggingface_hub", "prometheus_client", "pydantic", "starlette", "uvicorn"}
+    modules = "quire.server.cli, quire.server.checkpoint, quire.server.serve"
+    code = f"import sys, {modules}; print(*({slow} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
 def test_flags_reach_the_configuration(tmp_path: Path) -> None:
     flags = parse(
         *("--max-model-len", "2k", "--max-num-seqs", "4", "--num-gpu-blocks-override", "99", "--seed", "7"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import threading
 import time
@@ -227,3 +228,6 @@ def test_ready_line_can_be_pasted(served: Any, capsys: pytest.CaptureFixture[str
     assert lines[0] == "weights 0 B"
     assert lines[1] == f"Ready: fake at {server.url}"
     assert lines[2].startswith(f"Try:   curl {server.url}/v1/completions -H 'Content-Type: application/json' -d '{{")
+    assert re.fullmatch(
+        r"Start: \d+\.\d\d s from process start to ready; memory at rest \d+ MiB \(front \d+, engine \d+\)", lines[3]
+    )
