@@ -1,7 +1,7 @@
 """What requests would see under another budget or order: the real scheduler, driven by a model of the time of a step.
 
     python benchmarks/scheduling.py                    # all reports
-    python benchmarks/scheduling.py budget long        # some: budget, twins, long, capacity, tree, fairness
+    python benchmarks/scheduling.py budget long        # some: budget, twins, long, target, capacity, tree, ...
     python benchmarks/scheduling.py --ms-per-prompt-token 0.2 ...
 
 No model runs and no clock is read: the same arguments give the same figures. A step takes
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 
 from quire.config import SchedulerConfig
+from quire.engine.step_time import StepPacer
 from quire.sampling_params import SamplingParams
 from quire.scheduler.batch_builder import BatchBuilder
 from quire.scheduler.output import SampledTokens, ScheduledBatch
@@ -96,7 +97,9 @@ class PrefillFirst(Scheduler):
         return []
 
 
-def simulate(scheduler: Scheduler, arrivals: Iterable[Arrival], cost: StepCost) -> Figures:
+def simulate(
+    scheduler: Scheduler, arrivals: Iterable[Arrival], cost: StepCost, pacer: StepPacer | None = None
+) -> Figures:
     """Run until all have ended. An idle machine jumps to the next arrival."""
     pending = sorted(arrivals, key=lambda arrival: arrival.time)[::-1]
     figures = Figures()
@@ -117,7 +120,10 @@ def simulate(scheduler: Scheduler, arrivals: Iterable[Arrival], cost: StepCost) 
         batch = scheduler.schedule()
         if batch is None:
             raise RuntimeError("there is work and nothing is scheduled")
-        now += cost.seconds(batch)
+        seconds = cost.seconds(batch)
+        if pacer is not None:
+            scheduler.prompts.max_num_tokens = pacer.observe(batch, seconds)
+        now += seconds
         figures.num_steps += 1
         for output in scheduler.update(batch, SampledTokens([7] * len(batch.sampling))):
             request_id = output.request_id
@@ -230,6 +236,16 @@ def report_long(cost: StepCost) -> None:
         )
 
 
+def report_target(cost: StepCost) -> None:
+    """--target-itl-ms beside a large budget, which alone would let prompts delay decodes."""
+    arrivals = poisson(random.Random(7), 3, 200, range(64, 1025), range(64, 65))
+    print(f"\n3 a second, 64 to 1024 in, 64 out; 2048 tokens a step\n{HEADER}")
+    print(row("no target", simulate(make_scheduler(2048), arrivals, cost)))
+    for milliseconds in (25, 50, 100, 200):
+        pacer = StepPacer(milliseconds / 1000, 2048)
+        print(row(f"target {milliseconds} ms", simulate(make_scheduler(2048), arrivals, cost, pacer)))
+
+
 def capacity(make: Callable[[], Scheduler], cost: StepCost, max_itl: float, max_ttft: float) -> float:
     """Most requests a second, to a tenth, at which 99 % of ITL and 90 % of TTFT are within their limits, seconds."""
     low, high = 0, 200
@@ -314,6 +330,7 @@ REPORTS = {
     "budget": report_budget,
     "twins": report_twins,
     "long": report_long,
+    "target": report_target,
     "capacity": report_capacity,
     "tree": report_tree,
     "fairness": report_fairness,
