@@ -1,7 +1,7 @@
 """What requests would see under another budget or order: the real scheduler, driven by a model of the time of a step.
 
     python benchmarks/scheduling.py                    # all reports
-    python benchmarks/scheduling.py budget long        # some: budget, twins, long, capacity, tree
+    python benchmarks/scheduling.py budget long        # some: budget, twins, long, target, capacity, tree, ...
     python benchmarks/scheduling.py --ms-per-prompt-token 0.2 ...
 
 No model runs and no clock is read: the same arguments give the same figures. A step takes
@@ -20,12 +20,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 
 from quire.config import SchedulerConfig
+from quire.engine.step_time import StepPacer
 from quire.sampling_params import SamplingParams
 from quire.scheduler.batch_builder import BatchBuilder
 from quire.scheduler.output import SampledTokens, ScheduledBatch
 from quire.scheduler.request import Request
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import Sequence
+from quire.scheduler.waiting_order import MAX_OVERTAKES
 
 BLOCK_SIZE = 16
 
@@ -95,7 +97,9 @@ class PrefillFirst(Scheduler):
         return []
 
 
-def simulate(scheduler: Scheduler, arrivals: Iterable[Arrival], cost: StepCost) -> Figures:
+def simulate(
+    scheduler: Scheduler, arrivals: Iterable[Arrival], cost: StepCost, pacer: StepPacer | None = None
+) -> Figures:
     """Run until all have ended. An idle machine jumps to the next arrival."""
     pending = sorted(arrivals, key=lambda arrival: arrival.time)[::-1]
     figures = Figures()
@@ -116,7 +120,10 @@ def simulate(scheduler: Scheduler, arrivals: Iterable[Arrival], cost: StepCost) 
         batch = scheduler.schedule()
         if batch is None:
             raise RuntimeError("there is work and nothing is scheduled")
-        now += cost.seconds(batch)
+        seconds = cost.seconds(batch)
+        if pacer is not None:
+            scheduler.prompts.max_num_tokens = pacer.observe(batch, seconds)
+        now += seconds
         figures.num_steps += 1
         for output in scheduler.update(batch, SampledTokens([7] * len(batch.sampling))):
             request_id = output.request_id
@@ -229,6 +236,16 @@ def report_long(cost: StepCost) -> None:
         )
 
 
+def report_target(cost: StepCost) -> None:
+    """--target-itl-ms beside a large budget, which alone would let prompts delay decodes."""
+    arrivals = poisson(random.Random(7), 3, 200, range(64, 1025), range(64, 65))
+    print(f"\n3 a second, 64 to 1024 in, 64 out; 2048 tokens a step\n{HEADER}")
+    print(row("no target", simulate(make_scheduler(2048), arrivals, cost)))
+    for milliseconds in (25, 50, 100, 200):
+        pacer = StepPacer(milliseconds / 1000, 2048)
+        print(row(f"target {milliseconds} ms", simulate(make_scheduler(2048), arrivals, cost, pacer)))
+
+
 def capacity(make: Callable[[], Scheduler], cost: StepCost, max_itl: float, max_ttft: float) -> float:
     """Most requests a second, to a tenth, at which 99 % of ITL and 90 % of TTFT are within their limits, seconds."""
     low, high = 0, 200
@@ -242,7 +259,7 @@ def capacity(make: Callable[[], Scheduler], cost: StepCost, max_itl: float, max_
 
 
 def report_capacity(cost: StepCost) -> None:
-    print("\nRequests a second with 99 % of ITL within a limit and 90 % of TTFT within 2 s (64 to 512 in, 32 to 96 out)")
+    print("\nRequests a second (64 to 512 in, 32 to 96 out) with 99 % of ITL within a limit, 90 % of TTFT within 2 s")
     names = ("prefill first", "2048", "256", "128", "64")
     print(f"  {'ITL limit':<12}" + "".join(f"{name:>15}" for name in names))
     for limit in (0.05, 0.1, 0.2):
@@ -263,36 +280,60 @@ def tree(rng: random.Random, depth: int, width: int, num_tokens: int) -> list[li
     return paths
 
 
-def num_distinct_blocks(prompts: list[list[int]]) -> int:
-    """Blocks that must be computed by whatever order; the last token of a prompt always is."""
-    return len({tuple(p[:end]) for p in prompts for end in range(BLOCK_SIZE, len(p), BLOCK_SIZE)})
-
-
 def report_tree(cost: StepCost) -> None:
-    """Prefixes that branch, in random order, and a pool that holds a few paths; against the depth-first order."""
+    """Prefixes that branch, in random order, and a pool that holds some paths; against the order of a tree walk."""
     rng = random.Random(5)
     print("\nAll 256 paths of a tree of prefixes (4 levels of 4 branches, 128 tokens each) at once, 4 tokens out")
-    prompts = tree(rng, 4, 4, 128)
-    leaf = [prompt + prompt_of(rng, 16) for prompt in prompts]
-    shuffled = leaf[:]
+    leaves = [path + prompt_of(rng, 16) for path in tree(rng, 4, 4, 128)]
+    shuffled = leaves[:]
     rng.shuffle(shuffled)
-    num_tokens = sum(map(len, leaf))
-    best = 1 - (num_distinct_blocks(leaf) * BLOCK_SIZE + sum((len(p) - 1) % BLOCK_SIZE + 1 for p in leaf)) / num_tokens
-    print(f"  in any order at least {100 * (1 - best):.1f} % must be computed: hits {100 * best:.1f} %")
-    print(HEADER)
+    print(f"  the best of all orders finds {100 * best_hit_rate(leaves):.1f} %\n{HEADER}")
     for num_blocks in (512, 1024, 2048):
-        for name, order in (("depth first", leaf), ("random", shuffled)):
+        for name, order, max_overtakes in (
+            ("depth first", leaves, MAX_OVERTAKES),
+            ("random", shuffled, MAX_OVERTAKES),
+            ("random, in order", shuffled, 0),
+        ):
+            scheduler = make_scheduler(128, num_blocks=num_blocks)
+            scheduler.prompts.order.max_overtakes = max_overtakes
             arrivals = [Arrival(0.0, prompt, 4) for prompt in order]
-            scheduler = make_scheduler(256, num_blocks=num_blocks)
             print(row(f"{num_blocks} blocks, {name}", simulate(scheduler, arrivals, cost)))
+
+
+def best_hit_rate(prompts: list[list[int]]) -> float:
+    """If every distinct block is computed once, and of each prompt what follows its last full block."""
+    distinct = {tuple(prompt[:end]) for prompt in prompts for end in range(BLOCK_SIZE, len(prompt), BLOCK_SIZE)}
+    num_rest = sum((len(prompt) - 1) % BLOCK_SIZE + 1 for prompt in prompts)
+    return 1 - (len(distinct) * BLOCK_SIZE + num_rest) / sum(map(len, prompts))
+
+
+def report_fairness(cost: StepCost) -> None:
+    """Requests with a long cached prefix, more than the machine can take, and a few that share nothing."""
+    rng = random.Random(6)
+    prefix = prompt_of(rng, 1024)
+    hot = [Arrival(i / 30, prefix + prompt_of(rng, 32), 64, "hot") for i in range(900)]
+    cold = [Arrival(5.0 * i, prompt_of(rng, 256), 64, "cold") for i in range(1, 6)]
+    print("\n900 requests that share 1024 tokens, 30 a second, and 5 of 256 tokens that share nothing")
+    print(f"  {'':<26}{'hot TTFT p50':>14}{'p99':>9}{'cold TTFT p50':>15}{'max':>9}{'tokens/s':>9}")
+    for max_overtakes in (0, MAX_OVERTAKES, 10**6):
+        scheduler = make_scheduler(128)
+        scheduler.prompts.order.max_overtakes = max_overtakes
+        figures = simulate(scheduler, [*hot, *cold], cost)
+        hot_ttft, cold_ttft = figures.ttft["hot"], figures.ttft["cold"]
+        times = (percentile(hot_ttft, 50), percentile(hot_ttft, 99))
+        times += (percentile(cold_ttft, 50), percentile(cold_ttft, 100))
+        cells = "".join(f"{milliseconds:{width}.1f}" for milliseconds, width in zip(times, (14, 9, 15, 9), strict=True))
+        print(f"  {f'overtaken at most {max_overtakes}':<26}{cells}{figures.num_tokens / figures.seconds:9.1f}")
 
 
 REPORTS = {
     "budget": report_budget,
     "twins": report_twins,
     "long": report_long,
+    "target": report_target,
     "capacity": report_capacity,
     "tree": report_tree,
+    "fairness": report_fairness,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -27,6 +28,7 @@ from quire.engine.messages import EngineInfo
 from quire.engine.model_runner import ModelRunner
 from quire.engine.prompt_log_probs import PromptLogProbs
 from quire.engine.sampler import Sampler
+from quire.engine.step_time import StepPacer
 from quire.engine.stop_texts import StopTextsFactory
 from quire.engine.warm_up import load_cpu_kernels, warm_up
 from quire.grammar import Grammar, GrammarError
@@ -114,6 +116,8 @@ class Engine:
                 cache_namespace=f"{config.model}|{dtype}|{kv_dtype}|{config.quantization}|{secrets.token_hex(16)}",
             )
         )
+        target = config.target_itl_ms
+        self._pacer = None if target is None else StepPacer(target / 1000, step_budget)
         self.started: list[str] = []
         """Ids of the requests that the last step scheduled for the first time."""
         self.info = EngineInfo(
@@ -142,6 +146,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
         """Compute one batch; what it brought to each request, empty when there is nothing to do."""
+        started = time.perf_counter()
         batch = self._scheduler.schedule()
         self.started = [] if batch is None else batch.started
         if batch is None:
@@ -151,7 +156,10 @@ class Engine:
         output = self._runner.run(inputs, batch.num_sampled_rows)
         sampled = self._sampler.sample(output.logits, batch, output.best)
         self._prompt_log_probs.collect(output.scored, batch, sampled, self._model.logits)
-        return self._scheduler.update(batch, sampled)
+        outputs = self._scheduler.update(batch, sampled)
+        if self._pacer is not None:
+            self._scheduler.prompts.max_num_tokens = self._pacer.observe(batch, time.perf_counter() - started)
+        return outputs
 
     def add(self, request: Request) -> None:
         """Queue a request.

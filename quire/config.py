@@ -15,6 +15,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Quantization = Literal["int8", "int4"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 MAX_NGRAM = 16
+MAX_TARGET_ITL_MS = 60_000
 
 
 class ConfigError(ValueError):
@@ -80,6 +81,9 @@ class EngineConfig:
     """Sequences that run at once: 64 on a CPU, 256 on a GPU."""
     max_num_batched_tokens: int | None = None
     """Token budget of one step: 2048 on a GPU, on a CPU 64 for each thread (at least 128, at most 2048)."""
+    target_itl_ms: float | None = None
+    """Milliseconds between the tokens of a request that prompts computed beside it may cause; None: as many as the
+    token budget takes."""
     block_size: int = 16
     """Tokens in one block of the KV-cache; a power of two."""
     num_blocks: int | None = None
@@ -108,6 +112,13 @@ class EngineConfig:
         ):
             if value is not None and value < low:
                 raise ConfigError(f"{flag} must be at least {low}, not {value}.")
+        if self.target_itl_ms is not None:
+            if not 0 < self.target_itl_ms <= MAX_TARGET_ITL_MS:
+                raise ConfigError(
+                    f"--target-itl-ms must be above 0 and at most {MAX_TARGET_ITL_MS}, not {self.target_itl_ms}."
+                )
+            if not self.enable_chunked_prefill:
+                raise ConfigError("--target-itl-ms sizes chunks of prompts: leave out --no-enable-chunked-prefill.")
         if self.kv_cache_dtype not in get_args(KVCacheDType):
             raise ConfigError(f"--kv-cache-dtype must be auto or int8, not {self.kv_cache_dtype!r}.")
         if self.quantization not in (None, *get_args(Quantization)):

@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from quire.config import SchedulerConfig
 from quire.scheduler.block_pool import BlockPool
 from quire.scheduler.block_table import BlockTable
+from quire.scheduler.cached_prefix import NOTHING_CACHED, CachedPrefix, FoundPrefix
 from quire.scheduler.output import BlockTableUpdate
 from quire.scheduler.prefix_cache import PrefixCache
 from quire.scheduler.sequence import Sequence
 from quire.scheduler.window import first_block_in_window
-
-
-@dataclass(frozen=True, slots=True)
-class CachedPrefix:
-    """What a sequence can start from."""
-
-    block_ids: list[int]
-    num_tokens: int
-    """Tokens that need not be computed."""
-    copies_last: bool = False
-    """The last block is not shared but copied, because its last token is to be computed again."""
-    next_key: bytes | None = None
-    """Of the first block that is not cached, if a hit could cover it."""
-
-    @property
-    def num_shared_blocks(self) -> int:
-        return len(self.block_ids) - self.copies_last
-
-
-NOTHING_CACHED = CachedPrefix([], 0)
 
 
 class BlockManager:
@@ -53,9 +32,17 @@ class BlockManager:
         return BlockTable(self.pool, self.block_size)
 
     def find_cached_prefix(self, sequence: Sequence) -> CachedPrefix:
-        """Where to start from; the last token is always left to be computed, for its logits are wanted."""
+        """Where a waiting sequence can start from. Looks again only if what is cached has changed."""
         if not self.caching:
             return NOTHING_CACHED
+        found, version = sequence.found_prefix, self.prefix_cache.version
+        if found is None or found.version != version or found.scoring_depth != sequence.scoring_depth:
+            found = FoundPrefix(self._find_prefix(sequence), version, sequence.scoring_depth)
+            sequence.found_prefix = found
+        return found.prefix
+
+    def _find_prefix(self, sequence: Sequence) -> CachedPrefix:
+        """The last token is always left to be computed, for its logits are wanted."""
         if sequence.scoring_depth is not None:
             return self._find_scored_prefix(sequence, sequence.scoring_depth)
         num_blocks = sequence.num_hittable_tokens // self.block_size

@@ -7,6 +7,7 @@ root that covers everything else the KV-cache depends on. So equal keys mean equ
 from __future__ import annotations
 
 import struct
+from array import array
 from hashlib import sha256
 
 from quire.scheduler.window import first_block_in_window
@@ -25,7 +26,7 @@ class PrefixCache:
     block is hashed once.
     """
 
-    __slots__ = ("_block_ids", "_depths", "_keys", "_namespace", "_pack", "block_size", "window")
+    __slots__ = ("_block_ids", "_depths", "_keys", "_namespace", "block_size", "version", "window")
 
     def __init__(self, num_blocks: int, block_size: int, *, namespace: str, window: int | None) -> None:
         self.block_size = block_size
@@ -34,7 +35,8 @@ class PrefixCache:
         self._block_ids: dict[bytes, int] = {}
         self._keys: list[bytes | None] = [None] * num_blocks
         self._depths: list[int | None] = [None] * num_blocks
-        self._pack = struct.Struct(f"<{len(BLOCK_DOMAIN)}s32s{block_size}I").pack
+        self.version = 0
+        """Changes with every block that becomes findable, or is no longer."""
 
     def __len__(self) -> int:
         return len(self._block_ids)
@@ -52,10 +54,13 @@ class PrefixCache:
 
     def extend_keys(self, block_keys: list[bytes], token_ids: list[int], num_blocks: int) -> None:
         """Bring `block_keys` to cover the first `num_blocks` full blocks of `token_ids`."""
-        pack, block_size = self._pack, self.block_size
-        key = block_keys[-1]
-        for start in range((len(block_keys) - 1) * block_size, num_blocks * block_size, block_size):
-            key = sha256(pack(BLOCK_DOMAIN, key, *token_ids[start : start + block_size])).digest()
+        num_known, block_size = len(block_keys) - 1, self.block_size
+        if num_known >= num_blocks:
+            return
+        packed = array("I", token_ids[num_known * block_size : num_blocks * block_size])
+        data, num_bytes, key = packed.tobytes(), packed.itemsize * block_size, block_keys[-1]
+        for start in range(0, len(data), num_bytes):
+            key = sha256(BLOCK_DOMAIN + key + data[start : start + num_bytes]).digest()
             block_keys.append(key)
 
     def find(self, block_keys: list[bytes], num_blocks: int) -> list[int]:
@@ -105,6 +110,7 @@ class PrefixCache:
             if depth is None or _reaches(self._depths[holder], depth):
                 return
             self.forget(holder)
+        self.version += 1
         self._block_ids[key] = block_id
         self._keys[block_id] = key
         self._depths[block_id] = depth
@@ -113,6 +119,7 @@ class PrefixCache:
         """Drop a block's key, because its content is about to change or is not to be trusted."""
         key = self._keys[block_id]
         if key is not None:
+            self.version += 1
             self._keys[block_id] = None
             self._depths[block_id] = None
             del self._block_ids[key]
@@ -125,6 +132,7 @@ class PrefixCache:
                 self.forget(block_id)
 
     def clear(self) -> None:
+        self.version += 1
         self._block_ids.clear()
         self._keys = [None] * len(self._keys)
         self._depths = [None] * len(self._depths)

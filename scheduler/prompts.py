@@ -6,11 +6,12 @@ from bisect import insort
 from typing import TYPE_CHECKING
 
 from quire.scheduler.batch_builder import BatchBuilder
-from quire.scheduler.block_manager import CachedPrefix
 from quire.scheduler.budget import PromptBudget
+from quire.scheduler.cached_prefix import CachedPrefix
 from quire.scheduler.request_queue import BY_ORDER
 from quire.scheduler.sequence import Sequence
 from quire.scheduler.status import RUNNING
+from quire.scheduler.waiting_order import WaitingOrder
 from quire.scheduler.window import first_block_in_window
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class Prompts:
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._config = scheduler.config
+        self.order = WaitingOrder(scheduler.waiting, scheduler.blocks)
         self.max_num_tokens: int | None = None
         """Most tokens of prompts in a step that decodes too; None: what its budget leaves. Only for chunks."""
 
@@ -51,11 +53,11 @@ class Prompts:
                 builder.add(sequence, num_tokens)
 
     def schedule_waiting(self, builder: BatchBuilder, budget: PromptBudget) -> None:
-        """In order: if one does not fit, nobody overtakes it. Only who is better off waiting is passed over."""
+        """In their order: if one does not fit, nobody else is admitted. Who is better off waiting is passed over."""
         scheduler = self._scheduler
         waiting = scheduler.waiting
         num_passed_over = 0
-        for sequence in tuple(waiting) if budget.num_tokens and scheduler.free_rows else ():
+        for sequence in self.order.candidates() if budget.num_tokens and scheduler.free_rows else ():
             if budget.num_tokens == 0 or 1 + len(sequence.followers) > len(scheduler.free_rows):
                 break
             prefix = scheduler.blocks.find_cached_prefix(sequence)
@@ -70,7 +72,7 @@ class Prompts:
             num_tokens = self._limit_chunk(start, num_left, num_tokens)
             if num_tokens == 0 or not self._has_room(sequence, prefix, start + num_tokens):
                 break
-            waiting.remove(sequence)
+            self.order.admit(sequence)
             if sequence.num_preemptions == 0:
                 builder.started.append(sequence.request_id)
             self._admit(sequence, prefix, num_tokens)

@@ -1,4 +1,4 @@
-"""Sequences that wait, in the order in which they will run."""
+"""Sequences that wait, in order."""
 
 from __future__ import annotations
 
@@ -32,4 +32,14 @@ class RequestQueue:
         insort(self._sequences, sequence, key=BY_ORDER)
 
     def remove(self, sequence: Sequence) -> None:
-        del self._sequences[bisect_left(self._sequences, sequence.order, key=BY_ORDER)]
+        del self._sequences[self._index(sequence)]
+
+    def take(self, sequence: Sequence) -> list[Sequence]:
+        """Remove one; those that came before it and have its priority."""
+        index = self._index(sequence)
+        del self._sequences[index]
+        priority = sequence.order[0]
+        return [other for other in self._sequences[:index] if other.order[0] == priority]
+
+    def _index(self, sequence: Sequence) -> int:
+        return bisect_left(self._sequences, sequence.order, key=BY_ORDER)

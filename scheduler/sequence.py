@@ -11,6 +11,7 @@ from quire.scheduler.status import RUNNING, WAITING
 
 if TYPE_CHECKING:
     from quire.scheduler.beam import Beam
+    from quire.scheduler.cached_prefix import FoundPrefix
 
 
 class Sequence:
@@ -27,12 +28,14 @@ class Sequence:
         "block_table",
         "choice_index",
         "followers",
+        "found_prefix",
         "leader",
         "max_num_drafts",
         "max_num_tokens",
         "next_review",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_overtakes",
         "num_preemptions",
         "num_prompt_tokens",
         "order",
@@ -72,9 +75,13 @@ class Sequence:
         self.num_cached_tokens = 0
         """Prompt tokens found in the prefix cache at the first admission."""
         self.num_preemptions = 0
+        self.num_overtakes = 0
+        """Sequences that came later and were admitted earlier."""
         self.block_table = block_table
         self.block_keys = block_keys
         """The prefix cache's root key and the keys of the leading full blocks, as far as they were needed."""
+        self.found_prefix: FoundPrefix | None = None
+        """What was found when it was last looked for, while the sequence waits."""
         self.beam: Beam | None = None
         """Set if this is a seat of a beam search."""
         self.leader: Sequence | None = None
@@ -112,6 +119,7 @@ class Sequence:
     def run(self) -> None:
         """Now it has a row and blocks; from here on it appends to its own copy of the tokens."""
         self.status = RUNNING
+        self.found_prefix = None
         self.next_review = 0
         if self.token_ids is self.request.prompt_token_ids:
             self.token_ids = list(self.token_ids)

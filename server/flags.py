@@ -141,6 +141,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="token budget of one step (default: 2048 on GPU; on CPU 64 for each thread, from 128 to 2048)",
     )
+    scheduler.add_argument(
+        "--target-itl-ms",
+        type=float,
+        metavar="MS",
+        help="milliseconds between tokens that prompts beside may cause: sizes their chunks by how long steps take "
+        "(default: no more than --max-num-batched-tokens)",
+    )
     _switch(scheduler, "--enable-chunked-prefill", True, "compute long prompts in chunks")
     scheduler.add_argument(
         "--scheduling-policy", choices=("fcfs", "priority"), default="fcfs", help="(default: %(default)s)"
@@ -236,6 +243,7 @@ def engine_config(flags: argparse.Namespace, model_dir: Path) -> EngineConfig:
         max_model_len=flags.max_model_len,
         max_num_seqs=flags.max_num_seqs,
         max_num_batched_tokens=flags.max_num_batched_tokens,
+        target_itl_ms=flags.target_itl_ms,
         block_size=flags.block_size,
         num_blocks=flags.num_gpu_blocks_override,
         kv_cache_memory_bytes=flags.kv_cache_memory_bytes,

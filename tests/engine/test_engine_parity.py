@@ -117,6 +117,24 @@ def test_chunked_prefill(checkpoint: Path, budget: int) -> None:
     assert run(make_engine(checkpoint, max_num_batched_tokens=budget), prompts) == expected
 
 
+@each_family("llama")
+@pytest.mark.parametrize("target", [1e-3, 1000.0])
+def test_a_target_for_the_time_between_tokens(checkpoint: Path, target: float) -> None:
+    prompts, expected = reference(checkpoint)
+    assert run(make_engine(checkpoint, target_itl_ms=target), prompts) == expected
+
+
+@each_family("llama")
+def test_requests_that_arrive_together_and_begin_alike(checkpoint: Path) -> None:
+    prompts, expected = reference(checkpoint)
+    engine = make_engine(checkpoint, max_num_batched_tokens=64)
+    thrice = [run(engine, [prompt] * 3) for prompt in prompts]
+    assert thrice == [[output] * 3 for output in expected]
+    block_size = engine.info.block_size
+    num_shared = sum((len(prompt) - 1) // block_size * block_size for prompt in prompts)
+    assert engine.stats().prefix_cache_hits == 2 * num_shared
+
+
 @each_family(*FAMILIES)
 def test_warm_prefix_cache(checkpoint: Path) -> None:
     prompts, expected = reference(checkpoint)

@@ -72,6 +72,9 @@ def test_progress_is_reported_in_bytes_and_ends(tiny_checkpoint: Callable[..., P
         ({"kv_cache_memory_bytes": 10}, f"--kv-cache-memory-bytes 10 holds no block; use at least {2 * BLOCK_BYTES}"),
         ({"kv_cache_memory_bytes": 2**50}, "--kv-cache-memory-bytes 1125899906842624 does not fit"),
         ({"enable_chunked_prefill": False, "max_num_batched_tokens": 100}, "Without chunked prefill"),
+        ({"target_itl_ms": 0.0}, "--target-itl-ms must be above 0 and at most 60000, not 0.0."),
+        ({"target_itl_ms": float("nan")}, "--target-itl-ms must be above 0 and at most 60000, not nan."),
+        ({"target_itl_ms": 50.0, "enable_chunked_prefill": False}, "leave out --no-enable-chunked-prefill"),
     ],
     ids=str,
 )

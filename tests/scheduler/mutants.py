@@ -28,6 +28,7 @@ from quire.scheduler.request_queue import RequestQueue
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import Sequence
 from quire.scheduler.speculation import Speculator
+from quire.scheduler.waiting_order import WaitingOrder
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ MUTANTS = [
         "the block before is missing from the key",
         PrefixCache,
         "extend_keys",
-        ("BLOCK_DOMAIN, key, *", "BLOCK_DOMAIN, block_keys[0], *"),
+        ("BLOCK_DOMAIN + key", "BLOCK_DOMAIN + block_keys[0]"),
     ),
     mutant(
         "I12",
@@ -292,7 +293,7 @@ MUTANTS = [
         "I17",
         "the whole prompt is taken from the cache",
         BlockManager,
-        "find_cached_prefix",
+        "_find_prefix",
         ("sequence.num_hittable_tokens", "len(sequence.token_ids)"),
     ),
     mutant(
@@ -321,7 +322,46 @@ MUTANTS = [
         "the newest overtakes the head of the queue",
         Prompts,
         "schedule_waiting",
-        ("tuple(waiting)", "tuple(waiting)[::-1]"),
+        ("self.order.candidates()", "list(self.order.candidates())[::-1]"),
+    ),
+    mutant(
+        "I18",
+        "nobody counts how often one is overtaken",
+        WaitingOrder,
+        "admit",
+        ("overtaken.num_overtakes += 1", "pass"),
+    ),
+    mutant(
+        "I18",
+        "one overtaking too many",
+        WaitingOrder,
+        "_rank",
+        (">= self.max_overtakes", "> self.max_overtakes"),
+    ),
+    mutant(
+        "I18",
+        "a long cached prefix goes before a higher priority",
+        WaitingOrder,
+        "_rank",
+        (
+            "return sequence.order[0], -self._blocks.find",
+            "return 0, -self._blocks.find",
+        ),
+        ("return sequence.order[0], OVERDUE", "return 0, OVERDUE"),
+    ),
+    mutant(
+        "I18",
+        "who was preempted is overtaken",
+        WaitingOrder,
+        "_rank",
+        (" or sequence.num_preemptions", ""),
+    ),
+    mutant(
+        "I11",
+        "what was found holds although a block is no longer cached",
+        PrefixCache,
+        "forget",
+        ("self.version += 1", "pass"),
     ),
     mutant(
         "I18",
@@ -332,13 +372,6 @@ MUTANTS = [
             "if num_tokens == 0 or not self._has_room(sequence, prefix, start + num_tokens):\n            break",
             "if num_tokens == 0 or not self._has_room(sequence, prefix, start + num_tokens):\n            continue",
         ),
-    ),
-    mutant(
-        "I18",
-        "a sequence waits for one that has computed long ago what it would begin with",
-        BlockManager,
-        "is_computing",
-        ("writer.num_computed_tokens >= (index + 1) * self.block_size", "False"),
     ),
     mutant(
         "I18",

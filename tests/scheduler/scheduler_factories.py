@@ -8,7 +8,7 @@ from typing import Any
 
 from quire.config import SchedulerConfig
 from quire.sampling_params import SamplingParams
-from quire.scheduler.block_manager import CachedPrefix
+from quire.scheduler.cached_prefix import CachedPrefix
 from quire.scheduler.output import SampledTokens, ScheduledBatch, StepOutput
 from quire.scheduler.prompts import Prompts
 from quire.scheduler.request import Request

@@ -76,6 +76,15 @@ def test_when_the_writer_of_a_prefix_is_gone_the_next_computes_it(end: str) -> N
     assert third.num_cached_tokens == 8
 
 
+def test_nobody_waits_for_what_was_computed_and_is_not_cached_any_more() -> None:
+    scheduler = make_scheduler(max_num_batched_tokens=8)
+    (first,) = add(scheduler, 10)
+    step(scheduler)
+    scheduler.reset_prefix_cache()
+    (second,) = add(scheduler, 10)
+    assert schedule(scheduler).sequences == [first, second]
+
+
 def test_a_scored_prompt_waits_only_for_one_scored_as_deep() -> None:
     scheduler = make_scheduler()
     first = add(scheduler, 10, prompt_logprobs=1)[0]

@@ -48,6 +48,7 @@ LEAST = {
     "key taken over by a deeper block": 5000,
     "look-ahead block": 10000,
     "no block left to fork into": 1000,
+    "overtaking by a longer cached prefix": 10000,
     "overtaking for a good reason": 10000,
     "preemption": 10000,
     "preemption of a beam group": 150,

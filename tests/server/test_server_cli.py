@@ -68,6 +68,9 @@ def test_byte_sizes(text: str, value: int) -> None:
         ["--dtype", "int3"],
         ["--gpu-memory-utilization", "1.5"],
         ["--max-num-seqs", "0"],
+        ["--target-itl-ms", "0"],
+        ["--target-itl-ms", "fast"],
+        ["--target-itl-ms", "50", "--no-enable-chunked-prefill"],
         ["--queue-timeout", "0"],
         ["--shutdown-timeout", "nan"],
         ["--host", "0.0.0.0"],
@@ -126,6 +129,7 @@ def test_help_has_units_and_defaults() -> None:
         *("--no-enable-chunked-prefill", "--scheduling-policy", "--api-key-file", "--allow-no-auth", "--seed"),
         *("--allowed-hosts", "--num-threads", "--shutdown-timeout", "--drain-grace", "--max-num-queued-reqs"),
         *("--strict", "--sse-keep-alive-interval", "--no-enable-log-requests", "--max-logprobs"),
+        "--target-itl-ms MS",
     ):
         assert flag in text, flag
 
@@ -155,6 +159,8 @@ def test_flags_reach_the_configuration(tmp_path: Path) -> None:
         *("--dtype", "float32", "--device", "cpu", "--block-size", "32", "--num-threads", "1"),
     )
     config = engine_config(flags, tmp_path)
+    assert config.target_itl_ms is None
+    assert engine_config(parse("--target-itl-ms", "12.5"), tmp_path).target_itl_ms == 12.5
     assert (config.model, config.max_model_len, config.max_num_seqs, config.num_blocks) == (str(tmp_path), 2000, 4, 99)
     assert (config.enable_prefix_caching, config.enable_chunked_prefill) == (False, False)
     assert (config.scheduling_policy, config.dtype, config.device) == ("priority", "float32", "cpu")

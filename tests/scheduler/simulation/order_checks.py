@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from quire.scheduler.budget import LONG_PROMPT_STEPS
 from quire.scheduler.invariants import InvariantError
 from quire.scheduler.output import ScheduledBatch
@@ -14,6 +16,7 @@ class OrderChecks:
         self._scheduler = scheduler
         self._num_evictions = 0
         self._decoding: list[Sequence] = []
+        self._overtakes: Counter[Sequence] = Counter()
 
     def before_step(self) -> None:
         scheduler = self._scheduler
@@ -53,9 +56,14 @@ class OrderChecks:
         for waiting in scheduler.waiting:
             if waiting.order >= sequence.order:
                 break
-            if not self._waits_for_good_reason(waiting, batch):
+            if self._waits_for_good_reason(waiting, batch):
+                marks["overtaking for a good reason"] += 1
+                continue
+            self._overtakes[waiting] += 1
+            is_fair = waiting.order[0] == sequence.order[0] and waiting.num_preemptions == 0
+            if not is_fair or self._overtakes[waiting] > scheduler.prompts.order.max_overtakes:
                 raise InvariantError("I18", f"{sequence} overtook {waiting}")
-            marks["overtaking for a good reason"] += 1
+            marks["overtaking by a longer cached prefix"] += 1
 
     def _waits_for_good_reason(self, waiting: Sequence, batch: ScheduledBatch) -> bool:
         scheduler = self._scheduler

@@ -18,6 +18,7 @@ class Simulation:
         self.swarm = draw_swarm(self.rng)
         self.world = World(self.swarm.config, self.swarm.vocab_size, self.swarm.max_preemptions)
         self.world.scheduler.prompts.max_num_tokens = self.swarm.max_prompt_tokens
+        self.world.scheduler.prompts.order.max_overtakes = self.swarm.max_overtakes
         self.num_requests = 0
 
     def run(self, num_steps: int) -> None:

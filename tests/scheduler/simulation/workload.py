@@ -24,6 +24,7 @@ class Swarm:
     max_preemptions: int
     max_prompt_tokens: int | None
     """Most tokens of prompts beside decodes."""
+    max_overtakes: int
     max_choices: int
     max_output: int
     prompts: tuple[tuple[int, ...], ...]
@@ -66,6 +67,7 @@ def draw_swarm(rng: random.Random) -> Swarm:
         config=config,
         max_preemptions=rng.choice((1, 2, 8)),
         max_prompt_tokens=rng.choice((None, None, 1, 2, 5)) if chunked else None,
+        max_overtakes=rng.choice((0, 1, 2, 64)),
         vocab_size=vocab_size,
         speculation=config.speculative_config.num_speculative_tokens > 0,
         salts=rng.choice((("",), ("",), ("", "a"), ("a", "b"))),
