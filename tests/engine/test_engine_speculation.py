@@ -119,7 +119,7 @@ Without = Callable[..., list[tuple[list[int], str | None]]]
     "options",
     [
         {},
-        {"block_size": 8, "max_num_batched_tokens": 24},
+        {"block_size": 8, "max_num_batched_tokens": 36},
         {"num_blocks": 26, "block_size": 8},
         {"num_blocks": 26, "block_size": 8, "enable_prefix_caching": False, "max_num_batched_tokens": 32},
     ],
