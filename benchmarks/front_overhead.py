@@ -187,8 +187,9 @@ async def measure(args: argparse.Namespace, timers: Timers | None) -> dict[str, 
     from quire.engine.client import EngineClient
     from quire.engine.grammar.compiler import GrammarCompiler
     from quire.server.app import create_app
+    from quire.server.http_server import HttpServer
     from quire.server.protocol import ServerConfig
-    from quire.server.serve import HttpServer, bind
+    from quire.server.serve import bind
     from quire.server.settings import ServerSettings
     from quire.tales import MODEL_DIR
 
