@@ -11,8 +11,6 @@ computes rather than reads, TFLOP/s say more, and a few tokens stay in the proce
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from measuring.rates import copy_bandwidth, synchronize
+from measuring.report import write_json
 from torch.nn.functional import scaled_dot_product_attention
 
 from quire.kernels.backend import Backend
@@ -69,11 +69,6 @@ class Row:
     tflops: float
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def timed(call: Callable[[], object], device: torch.device, num_calls: int) -> float:
     """Seconds a call."""
     synchronize(device)
@@ -114,15 +109,6 @@ def measure(case: Case, device: torch.device, bytes_per_second: float, seconds: 
     ours, peer = (statistics.median(measured) for measured in times)
     floor = case.num_bytes / bytes_per_second
     return Row(case.name, ours * 1e6, peer * 1e6, peer / ours, floor * 1e6, floor / ours, case.num_flops / ours / 1e12)
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written per second by a copy that no cache holds."""
-    source = torch.ones(2**30 if device.type == "cuda" else 2**28, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    target.copy_(source)
-    times = [timed(lambda: target.copy_(source), device, 1) for _ in range(9)]
-    return 2 * source.numel() / statistics.median(times)
 
 
 def gathered(cache: torch.Tensor, block_tables: torch.Tensor) -> torch.Tensor:
@@ -247,14 +233,13 @@ def main() -> None:
     device = torch.device("cuda" if arguments.device == "cuda" or (arguments.device == "auto" and has_gpu) else "cpu")
     torch.manual_seed(0)
     bandwidth = copy_bandwidth(device)
-    machine = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+    facts = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "num_threads": torch.get_num_threads(),
-        "torch": torch.__version__,
         "dtype": arguments.dtype,
         "copy_gb_per_second": round(bandwidth / 1e9, 1),
     }
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print(f"{'case':32} {'ours us':>10} {'peer us':>10} {'ratio':>6} {'floor us':>9} {'of floor':>8} {'TFLOP/s':>8}")
     rows = []
     with torch.inference_mode():
@@ -268,7 +253,7 @@ def main() -> None:
                     flush=True,
                 )
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=2))
+        write_json(arguments.output, {"rows": [asdict(row) for row in rows]}, **facts)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ measured first.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from measuring.rates import copy_bandwidth, synchronize
+from measuring.report import write_json
 
 from quire.kernels.log_probs import log_probs
 from quire.kernels.sample import sample
@@ -63,26 +63,12 @@ class Row:
     floor_share: float  # floor / ours
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def timed(call: Callable[[], object], device: torch.device) -> float:
     synchronize(device)
     started = time.perf_counter()
     call()
     synchronize(device)
     return time.perf_counter() - started
-
-
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes read and written per second by a copy that no cache holds."""
-    source = torch.ones(2**30 if device.type == "cuda" else 2**28, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    target.copy_(source)
-    times = [timed(lambda: target.copy_(source), device) for _ in range(9)]
-    return 2 * source.numel() / statistics.median(times)
 
 
 def make_logits(kind: str, batch: int, vocab_size: int, device: torch.device) -> torch.Tensor:
@@ -207,14 +193,13 @@ def main() -> None:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     bandwidth = copy_bandwidth(device)
-    machine = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine(),
+    facts = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "num_threads": torch.get_num_threads(),
-        "torch": torch.__version__,
         "vocab_size": arguments.vocab_size,
         "copy_gb_per_second": round(bandwidth / 1e9, 1),
     }
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
     columns = f"{'ours us':>10} {'peer us':>11} {'ratio':>7} {'floor us':>9} {'of floor':>8}"
     print(f"{'case':14} {'logits':7} {'batch':>5} {columns}")
     rows = []
@@ -234,7 +219,7 @@ def main() -> None:
                     flush=True,
                 )
     if arguments.output is not None:
-        arguments.output.write_text(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=2))
+        write_json(arguments.output, {"rows": [asdict(row) for row in rows]}, **facts)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import functools
 import math
+import sys
 import time
 import weakref
 from collections import defaultdict
@@ -54,7 +55,7 @@ from quire.kernels.cpu_workers import (
 
 _ALIGNMENT = 64
 _CHUNK_BYTES = 2**20
-_SPINS = 4096  # pauses, some 50 microseconds, before a waiting thread offers its core to others at each turn
+_SPINS = 4096  # pauses, some 70 microseconds, before a waiting thread goes to sleep
 
 # A replay's parameters: their places in the int64 array that its threads share.
 (
@@ -63,8 +64,12 @@ _SPINS = 4096  # pauses, some 50 microseconds, before a waiting thread offers it
     _NUM_KERNELS,
     _KERNELS,  # [num_kernels, 3] addresses: prepare, body, parameters
     _TEAM_SIZE,  # omp_get_num_threads, or 0: a single thread replays
-    _YIELD,  # sched_yield, or 0
-) = range(6)
+    _SLEEPING,  # threads that sleep until the next release
+    _SYSCALL,  # syscall of the C library, or 0: nobody sleeps
+) = range(7)
+
+_FUTEX = {"x86_64": 202, "aarch64": 98}  # number of the system call
+_FUTEX_WAIT, _FUTEX_WAKE, _EVERYBODY = 128, 129, 2**31 - 1  # of threads of one process
 
 
 class NotRecordableError(Exception):
@@ -155,7 +160,7 @@ class Recording:
         self._kernels[1:, 2] = ends[:-1]
         self._kernels[:1, 2] = 0
         self._kernels[:, 2] = self.parameters.ctypes.data + 8 * self._kernels[:, 2]
-        fields = [0, 0, len(ends), self._kernels.ctypes.data, team_size_address(), _yield_address()]
+        fields = [0, 0, len(ends), self._kernels.ctypes.data, team_size_address(), 0, _syscall_address()]
         self._replay = np.array(fields, np.int64)
         self._recorded.clear()
 
@@ -227,9 +232,10 @@ def _acquire(builder: Builder, kinds: Kinds, pointer: Value) -> Value:
     return builder.load_atomic(pointer, ordering="acquire", align=8)
 
 
-@emitted(nothing)
-def _release(builder: Builder, kinds: Kinds, pointer: Value, value: Value) -> None:
-    builder.store_atomic(value, pointer, ordering="release", align=8)
+@emitted(lambda pointer, value: types.int64)
+def _add(builder: Builder, kinds: Kinds, pointer: Value, value: Value) -> Value:
+    """Add to the int64 at `pointer`, in one order with all other additions; returns what it was."""
+    return builder.atomic_rmw("add", pointer, value, "seq_cst")
 
 
 @emitted(nothing)
@@ -248,6 +254,15 @@ def _call_for_number(builder: Builder, kinds: Kinds, function: Value) -> Value:
     return builder.sext(builder.call(builder.inttoptr(function, function_type.as_pointer()), []), I64)
 
 
+@emitted(nothing)
+def _futex(builder: Builder, kinds: Kinds, syscall: Value, pointer: Value, operation: Value, value: Value) -> None:
+    """syscall(SYS_futex, pointer, operation, value, no timeout) on the low half of the int64 at `pointer`."""
+    function_type = ir.FunctionType(I64, [I64] * 5)
+    number = ir.Constant(I64, _FUTEX.get(architecture(), 0))
+    arguments = [number, builder.ptrtoint(pointer, I64), operation, value, ir.Constant(I64, 0)]
+    builder.call(builder.inttoptr(syscall, function_type.as_pointer()), arguments)
+
+
 @numba.njit
 def _prepare_kernel(parameters, index):  # type: ignore[no-untyped-def]
     kernel = move(int64_pointer(parameters[_KERNELS]), 3 * index)
@@ -262,6 +277,24 @@ def _prepare(shared: Any) -> None:
     _prepare_kernel(parameters, 0)
 
 
+@numba.njit
+def _wait(parameters, index):  # type: ignore[no-untyped-def]
+    """Until all threads have left kernel `index`.
+
+    Whoever is late has lost its core to another process: a thread that sleeps leaves it its own. It counts itself
+    before the kernel of the system looks whether it is to sleep at all, so nobody misses the release.
+    """
+    released = move(parameters, _RELEASED)
+    num_spins = 0
+    while _acquire(released) <= index:
+        _pause()
+        num_spins += 1
+        if num_spins > _SPINS and parameters[_SYSCALL] != 0:
+            _add(move(parameters, _SLEEPING), 1)
+            _futex(parameters[_SYSCALL], released, _FUTEX_WAIT, index)
+            _add(move(parameters, _SLEEPING), -1)
+
+
 def _replay(shared: Any) -> None:
     parameters = int64_pointer(shared)
     num_threads = _call_for_number(parameters[_TEAM_SIZE]) if parameters[_TEAM_SIZE] != 0 else 1
@@ -272,19 +305,19 @@ def _replay(shared: Any) -> None:
         if take(move(parameters, _ARRIVED)) == num_threads * (index + 1) - 1:
             if index + 1 < parameters[_NUM_KERNELS]:
                 _prepare_kernel(parameters, index + 1)
-            _release(move(parameters, _RELEASED), index + 1)
+            _add(move(parameters, _RELEASED), 1)
+            if _add(move(parameters, _SLEEPING), 0) > 0:
+                _futex(parameters[_SYSCALL], move(parameters, _RELEASED), _FUTEX_WAKE, _EVERYBODY)
         else:
-            num_spins = 0
-            while _acquire(move(parameters, _RELEASED)) <= index:
-                _pause()
-                num_spins += 1
-                if num_spins > _SPINS and parameters[_YIELD] != 0:
-                    _call_for_number(parameters[_YIELD])
+            _wait(parameters, index)
 
 
-def _yield_address() -> int:
+def _syscall_address() -> int:
+    """Where threads can sleep on a futex: on Linux, of the architectures whose numbers are known."""
+    if sys.platform != "linux" or sys.byteorder != "little" or architecture() not in _FUTEX:
+        return 0
     with contextlib.suppress(OSError, AttributeError):
-        return ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
+        return ctypes.cast(ctypes.CDLL(None).syscall, ctypes.c_void_p).value or 0
     return 0
 
 

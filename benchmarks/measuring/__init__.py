@@ -1,0 +1,1 @@
+"""What the benchmarks share: loads, a streaming client, processes, floors, reports. Linux only."""
