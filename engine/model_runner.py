@@ -59,8 +59,8 @@ class ModelRunner:
         num_decodes, num_threads = inputs.num_decodes, torch.get_num_threads()
         if inputs.logits_indices is None and self._decodes is not None:
             self._decodes.replay((num_decodes,), num_threads)
-            logits, best = self._decodes.outputs
-            return ModelOutput(logits[:num_decodes], best[:num_decodes], logits[:0])
+            logits, best, hidden = self._decodes.outputs
+            return ModelOutput(logits[:num_decodes], best[:num_decodes], hidden[:0])
         assert self._mixed is not None
         assert inputs.logits_indices is not None
         num_prefills, num_logits = len(inputs.seq_lens) - num_decodes, len(inputs.logits_indices)
@@ -82,8 +82,9 @@ class ModelRunner:
         model, num_seqs, num_rows = self._model, memory.max_num_seqs, memory.max_num_tokens
 
         def decode(sizes: Sizes) -> tuple[torch.Tensor, ...]:
-            logits = model.logits(model.forward(memory.batch(sizes[0], 0, sizes[0], None), self._kv_caches))
-            return logits, argmax(logits)
+            hidden = model.forward(memory.batch(sizes[0], 0, sizes[0], None), self._kv_caches)
+            logits = model.logits(hidden)
+            return logits, argmax(logits), hidden
 
         def mixed(sizes: Sizes) -> tuple[torch.Tensor, ...]:
             hidden = model.forward(memory.batch(*sizes[:-1]), self._kv_caches)

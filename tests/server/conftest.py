@@ -124,6 +124,7 @@ class FakeClient:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        sink: Callable[[list[TextDelta]], bool] | None = None,
     ) -> AsyncGenerator[list[TextDelta], None]:
         self.calls.append(
             {"id": request_id, "ids": prompt_token_ids, "params": params, "priority": priority, "salt": cache_salt}
@@ -146,7 +147,8 @@ class FakeClient:
                 for delta in deltas:
                     delta.text = self.step_text or delta.text
                     delta.started_at = time.monotonic()
-                yield deltas
+                if sink is None or not sink(deltas):
+                    yield deltas
                 self.num_steps += 1
                 if finished:
                     return
