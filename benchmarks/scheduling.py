@@ -1,7 +1,7 @@
 """What requests would see under another budget or order: the real scheduler, driven by a model of the time of a step.
 
     python benchmarks/scheduling.py                    # all reports
-    python benchmarks/scheduling.py budget long        # some: budget, twins, long, target, capacity, tree, ...
+    python benchmarks/scheduling.py budget long        # some: budget, twins, long, mixed, target, capacity, ...
     python benchmarks/scheduling.py --ms-per-prompt-token 0.2 ...
 
 No model runs and no clock is read: the same arguments give the same figures. A step takes
@@ -236,6 +236,29 @@ def report_long(cost: StepCost) -> None:
         )
 
 
+def report_mixed(cost: StepCost) -> None:
+    """A tenth of the prompts is long."""
+    rng = random.Random(9)
+    now, arrivals = 0.0, []
+    for _ in range(200):
+        now += rng.expovariate(1.6)
+        kind = "long" if rng.random() < 0.1 else "short"
+        num_in = rng.randrange(2000, 8001) if kind == "long" else rng.randrange(32, 513)
+        arrivals.append(Arrival(now, prompt_of(rng, num_in), 48, kind))
+    print("\n1.6 prompts a second of 32 to 512 tokens, of which one in ten has 2000 to 8000")
+    print(f"  {'':<26}{'short TTFT p50':>16}{'p90':>9}{'long p50':>10}{'p90':>9}{'ITL p99':>9}")
+    for name, scheduler in (
+        ("prefill first", make_scheduler(8192, scheduler_class=PrefillFirst)),
+        ("2048 tokens a step", make_scheduler(2048)),
+        ("256 tokens a step", make_scheduler(256)),
+        ("128 tokens a step", make_scheduler(128)),
+    ):
+        figures = simulate(scheduler, arrivals, cost)
+        times = [percentile(figures.ttft[kind], percent) for kind in ("short", "long") for percent in (50, 90)]
+        cells = "".join(f"{ms:{width}.1f}" for ms, width in zip(times, (16, 9, 10, 9), strict=True))
+        print(f"  {name:<26}{cells}{percentile(figures.itl, 99):9.1f}")
+
+
 def report_target(cost: StepCost) -> None:
     """--target-itl-ms beside a large budget, which alone would let prompts delay decodes."""
     arrivals = poisson(random.Random(7), 3, 200, range(64, 1025), range(64, 65))
@@ -330,6 +353,7 @@ REPORTS = {
     "budget": report_budget,
     "twins": report_twins,
     "long": report_long,
+    "mixed": report_mixed,
     "target": report_target,
     "capacity": report_capacity,
     "tree": report_tree,

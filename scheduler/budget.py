@@ -12,8 +12,8 @@ class PromptBudget:
     """Tokens that one step may still compute of prompts.
 
     Prompts are computed one after another, so that the first is done as early as can be. Only a long one gives way: it
-    gets half of what is left when its turn comes, those behind it the rest, and it what they have not used. A step
-    computes one long prompt: sharing among two would make the first later and the second no earlier.
+    gets half of what is left when its turn comes, those behind it the rest, and it what they have not used. It does not
+    give way to others that are about as long: that would make the first later and the second no earlier.
     """
 
     __slots__ = ("_long_from", "long", "num_tokens")
@@ -26,12 +26,18 @@ class PromptBudget:
         """
         self.num_tokens = num_tokens
         self.long: Sequence | None = None
-        """The long prompt of this step."""
+        """The first long prompt of this step."""
         self._long_from = LONG_PROMPT_STEPS * max_num_tokens
 
     def is_long(self, num_tokens: int) -> bool:
         """Whether a prompt is, of which so many tokens are left to compute."""
         return num_tokens > self._long_from
+
+    def gives_way_to(self, num_tokens: int) -> bool:
+        """Whether a step may begin another prompt of so many tokens."""
+        if self.long is None or not self.is_long(num_tokens):
+            return True
+        return 2 * num_tokens <= len(self.long.token_ids) - self.long.num_computed_tokens
 
     def share(self, num_tokens: int, *, others_wait: bool) -> int:
         """Most that a prompt with `num_tokens` tokens left to compute may take, its turn having come."""
@@ -42,5 +48,5 @@ class PromptBudget:
     def spend(self, sequence: Sequence, num_tokens: int) -> None:
         """Before it counts as computed."""
         self.num_tokens -= num_tokens
-        if self.is_long(len(sequence.token_ids) - sequence.num_computed_tokens):
+        if self.long is None and self.is_long(len(sequence.token_ids) - sequence.num_computed_tokens):
             self.long = sequence

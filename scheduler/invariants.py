@@ -20,7 +20,7 @@ I15  A live sequence is in exactly one of waiting and running.
 I16  Every choice has exactly one end, and nothing is told of it afterwards.
 I17  While anything is live, a step computes something; without new requests everything ends.
 I18  Running and waiting are in order. Nobody who waits is overtaken by a lower priority, or more often than may be, or
-     after a preemption, unless the step computes for another what it would begin with, or another long prompt.
+     after a preemption, unless the step computes for another what it would begin with, or another prompt about as long.
 I19  A victim is never the oldest, and with it, or with its group, a block comes free at once.
 I20  When nothing is live, nothing is held.
 I21  Eviction takes the least recently used free block.

@@ -98,12 +98,12 @@ class Prompts:
     def _should_wait(
         self, sequence: Sequence, prefix: CachedPrefix, num_left: int, builder: BatchBuilder, budget: PromptBudget
     ) -> bool:
-        """Whether this step computes another long prompt, or what the sequence would begin with.
+        """Whether this step computes another prompt about as long, or what the sequence would begin with.
 
         The latter it finds cached a little later, and no later than it could have computed it. Only who computes in
         this very step makes others wait: whoever is aborted, fails or is preempted does so no more.
         """
-        if budget.long is not None and budget.is_long(num_left):
+        if not budget.gives_way_to(num_left):
             return True
         return any(self._scheduler.blocks.is_computing(writer, sequence, prefix) for writer in builder.chunks)
 

@@ -68,7 +68,7 @@ def test_prompts_that_are_not_long_are_computed_one_after_another() -> None:
     assert chunks == [{first: 16}] * 4 + [{first: 1, second: 15}]
 
 
-def test_one_long_prompt_at_a_time_and_others_overtake_the_next() -> None:
+def test_equally_long_prompts_are_computed_one_after_another_and_others_overtake_the_next() -> None:
     scheduler = make_scheduler(100, max_num_batched_tokens=16)
     first, second = add(scheduler, prompt(1, 80))[0], add(scheduler, prompt(2, 80))[0]
     (short,) = add(scheduler, prompt(3, 6))
@@ -77,6 +77,14 @@ def test_one_long_prompt_at_a_time_and_others_overtake_the_next() -> None:
     while second not in scheduler.running:
         assert first.num_output_tokens == 0
         step(scheduler)
+
+
+def test_a_long_prompt_gives_way_to_one_half_as_long() -> None:
+    scheduler = make_scheduler(100, max_num_batched_tokens=16)
+    first, half = add(scheduler, prompt(1, 160))[0], add(scheduler, prompt(2, 80))[0]
+    (more,) = add(scheduler, prompt(3, 81))
+    assert computed(schedule(scheduler)) == {first: 12, half: 4}  # which gives way too, to nobody
+    assert list(scheduler.waiting) == [more]
 
 
 def test_without_chunked_prefill_nobody_gives_way() -> None:
