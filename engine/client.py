@@ -13,7 +13,7 @@ from pathlib import Path
 
 from quire.config import ConfigError, EngineConfig, ExitCode
 from quire.engine.best_of import comes_late, engine_params
-from quire.engine.delta_queue import DeltaQueue, ReaderTooSlowError
+from quire.engine.delta_queue import DeltaQueue, ReaderTooSlowError, Sink
 from quire.engine.messages import (
     Abort,
     Add,
@@ -138,6 +138,7 @@ class EngineClient:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        sink: Sink | None = None,
     ) -> AsyncGenerator[list[TextDelta], None]:
         """Submit a request; one list of deltas for each step that brought it something. A beam search, and choices that
         are ranked, begin with an empty list when the engine begins with them.
@@ -148,6 +149,8 @@ class EngineClient:
 
         Args:
             request_id: the caller's name for it, for logs only: it need not be unique.
+            sink: is called with a step's deltas while the caller waits for the next list; those that it takes are not
+                yielded. It is not to wait, nor to close the generator.
 
         Raises:
             RequestRejected: before the first list: it can never run here.
@@ -169,7 +172,7 @@ class EngineClient:
         )
         if not self._open:
             self._last_progress = time.monotonic()
-        queue = DeltaQueue()
+        queue = DeltaQueue(sink)
         self._open[internal_id] = _OpenRequest(request_id, queue, comes_late(params))
         self._processor.add(internal_id, prompt_token_ids, params)
         sent = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from quire.engine.text_delta import TextDelta, merge
 
@@ -11,6 +12,10 @@ MAX_PENDING_BYTES = 1024 * 1024
 _TOKEN_BYTES = 8
 _LOG_PROB_BYTES = 32
 _MERGE_LENGTH = 64
+
+
+Sink = Callable[[list[TextDelta]], bool]
+"""Offered what a step brought; True: it has taken it, False: the reader is to have it."""
 
 
 class ReaderTooSlowError(Exception):
@@ -22,9 +27,15 @@ class DeltaQueue:
 
     The reader gets one list for each step; steps that passed since it last looked come as one list with one delta for
     each choice, so a slow reader costs neither memory nor chunks.
+
+    Args:
+        sink: takes a step in place of the reader, while that has taken all before and waits: to wake a task costs
+            more than most steps are worth. What it raises, the reader gets.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sink: Sink | None = None) -> None:
+        self._sink = sink
+        self._reader_waits = False
         self._pending: list[TextDelta] = []
         self._num_bytes = 0
         self._num_steps = 0
@@ -38,6 +49,13 @@ class DeltaQueue:
 
         One step may bring any amount, as the end of a beam search does, if nothing was left untaken before it.
         """
+        if self._sink is not None and self._reader_waits and not self._changed.is_set():
+            try:
+                if self._sink(deltas):
+                    return True
+            except Exception as error:
+                self.fail(error)
+                return True
         was_empty = self._num_bytes == 0
         self._pending += deltas
         self._num_steps += 1
@@ -65,7 +83,11 @@ class DeltaQueue:
         Raises:
             Exception: the one given to `fail`.
         """
-        await self._changed.wait()
+        self._reader_waits = True
+        try:
+            await self._changed.wait()
+        finally:
+            self._reader_waits = False
         if self._error is not None:
             raise self._error
         deltas = self._pending if self._num_steps == 1 else merge(self._pending)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+import msgspec
 
 from quire.scheduler.output import ErrorCode, TokenLogProbs
 
 __all__ = ["TextDelta", "TokenLogProbs", "join", "merge"]
 
 
-@dataclass(slots=True)
-class TextDelta:
+class TextDelta(msgspec.Struct):
     """What one step brought to one choice, as text.
 
     `text` lags behind `token_ids` while a character is incomplete or a stop string may have begun. The concatenation of

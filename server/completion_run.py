@@ -12,11 +12,11 @@ import msgspec
 from quire.engine.text_delta import TextDelta
 from quire.server.answer_log_probs import AnswerLogProbs
 from quire.server.context import RequestState, ServerContext
-from quire.server.generation import DeltaBatch, generate
+from quire.server.generation import BatchSink, DeltaBatch, generate
 from quire.server.lifecycle import OpenRequest
 from quire.server.log_probs import LogProbs, join
 from quire.server.prompts import PromptJob, is_echo_only
-from quire.server.responses import Completion, CompletionChoice, EffectiveParams, warnings_for
+from quire.server.responses import ChunkTemplate, Completion, CompletionChoice, EffectiveParams, warnings_for
 from quire.server.schemas import CompletionRequest, StreamOptions
 from quire.server.sse import DONE, EventStream, event
 from quire.server.tally import Tally
@@ -64,16 +64,28 @@ class Run:
         self._options = plan.request.stream_options or StreamOptions()
         self._log_probs = AnswerLogProbs(plan.context, plan.request, plan.echoes)
         self._begun: set[int] = set()
+        self._has_deltas = False
+        self._templates: dict[int, ChunkTemplate] = {}
+        """By choice that has begun: of events that tell its text only."""
 
-    async def _batches(self) -> AsyncGenerator[DeltaBatch, None]:
-        """What the engine says; for a request that only echoes, one end per choice."""
+    async def _batches(self, sink: BatchSink) -> AsyncGenerator[DeltaBatch, None]:
+        """What the engine says; for a request that only echoes, one end per choice.
+
+        `sink` may take what lies between the first deltas, with which those of the prompt come, and the last.
+        """
         plan, request = self._plan, self._request
         if is_echo_only(request):
             yield [(job, TextDelta(choice, "", [], "length")) for job in plan.jobs for choice in range(plan.n)]
             return
         context, state = plan.context, plan.state
         salt = context.authenticator.cache_salt(state.key_digest, request.cache_salt or "")
-        batches = generate(context.client, plan.jobs, priority=request.priority or 0, cache_salt=salt)
+        batches = generate(
+            context.client,
+            plan.jobs,
+            priority=request.priority or 0,
+            cache_salt=salt,
+            sink=lambda batch: self._has_deltas and sink(batch),
+        )
         async with aclosing(batches):
             async for batch in batches:
                 if not self.open_request.started:
@@ -81,20 +93,15 @@ class Run:
                     state.ticket.started()
                 for job, delta in batch:
                     await self._log_probs.take_prompt(job, delta)
+                    self._has_deltas = True
                 yield batch
 
     async def collect(self) -> bytes:
         """The whole answer."""
         plan = self._plan
-        async with aclosing(self._batches()) as batches:
+        async with aclosing(self._batches(self._keep)) as batches:
             async for batch in batches:
-                for job, delta in batch:
-                    choice = self.tally.add(job, delta)
-                    choice.texts.append(delta.text)
-                    choice.token_ids += delta.token_ids
-                    if (log_probs := self._log_probs.of_delta(job, delta)) is not None:
-                        choice.log_probs = choice.log_probs or LogProbs([], [], [], [])
-                        choice.log_probs.extend(log_probs)
+                self._keep(batch)
         if not self.tally.all_finished:
             raise RuntimeError("the engine ended a request without finishing it")
         completion = plan.completion(
@@ -106,11 +113,28 @@ class Run:
             completion.effective_params = plan.effective_params()
         return msgspec.json.encode(completion)
 
+    def _keep(self, batch: DeltaBatch) -> bool:
+        for job, delta in batch:
+            choice = self.tally.add(job, delta)
+            choice.texts.append(delta.text)
+            choice.token_ids += delta.token_ids
+            if (log_probs := self._log_probs.of_delta(job, delta)) is not None:
+                choice.log_probs = choice.log_probs or LogProbs([], [], [], [])
+                choice.log_probs.extend(log_probs)
+        return True
+
     async def stream(self, stream: EventStream) -> None:
         """One event per choice and step, one write per step; the last write holds the end."""
-        async with aclosing(self._batches()) as batches:
+
+        def write_at_once(batch: DeltaBatch) -> bool:
+            if not stream.ready():
+                return False
+            stream.write_part(self._events(batch))
+            return True
+
+        async with aclosing(self._batches(write_at_once)) as batches:
             async for batch in batches:
-                data = b"".join([self._event(job, delta) for job, delta in batch])
+                data = self._events(batch)
                 if not self.tally.all_finished:
                     if data:
                         await stream.write(data)
@@ -123,9 +147,15 @@ class Run:
                 return
         raise RuntimeError("the engine ended a request without finishing it")
 
+    def _events(self, batch: DeltaBatch) -> bytes:
+        return b"".join([self._event(job, delta) for job, delta in batch])
+
     def _event(self, job: PromptJob, delta: TextDelta) -> bytes:
         tally = self.tally.add(job, delta)
-        index = self.tally.index(job, delta.choice_index)
+        index = tally.index
+        template = self._templates.get(index)
+        if template is not None and delta.finish_reason is None:
+            return template.fill(delta.text)
         first = index not in self._begun
         self._begun.add(index)
         echoes = first and bool(self._request.echo)
@@ -145,7 +175,14 @@ class Run:
             chunk.usage = self.tally.choice_usage(job, tally)
         if first and index == 0 and self._request.return_effective_params:
             chunk.effective_params = self._plan.effective_params()
+        if first and self._tells_text_only():
+            self._templates[index] = ChunkTemplate(self._plan.completion([CompletionChoice(index, "")]))
         return event(msgspec.json.encode(chunk))
+
+    def _tells_text_only(self) -> bool:
+        """Whether events other than the first and the last of a choice differ in their text alone."""
+        request = self._request
+        return request.logprobs is None and not request.return_token_ids and not self._options.continuous_usage_stats
 
     def _whole_choice(self, job: PromptJob, choice_index: int) -> CompletionChoice:
         index = self.tally.index(job, choice_index)

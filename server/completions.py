@@ -89,7 +89,7 @@ class CompletionResponse(Response):
 
     async def _stream(self, run: Run, scope: Scope, receive: Receive, send: Send) -> None:
         plan = self._plan
-        stream = EventStream(send, plan.headers())
+        stream = EventStream(send, plan.headers(), scope.get("extensions", {}).get("quire.parts"))
         watch = self._watch(run, scope, receive, stream)
         try:
             await run.open_request.run(run.stream(stream), watch.run)

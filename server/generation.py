@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
@@ -23,20 +23,30 @@ class ClientTooSlowError(Exception):
 
 
 DeltaBatch = list[tuple[PromptJob, "TextDelta"]]
+BatchSink = Callable[[DeltaBatch], bool]
+"""Offered a batch while the reader waits for the next one; True: it has taken it, and it is not yielded."""
 
 
 async def generate(
-    client: EngineClient, jobs: list[PromptJob], *, priority: int, cache_salt: str
+    client: EngineClient,
+    jobs: list[PromptJob],
+    *,
+    priority: int,
+    cache_salt: str,
+    sink: BatchSink | None = None,
 ) -> AsyncGenerator[DeltaBatch, None]:
     """Yield what each engine step brought; an empty batch says that the engine has begun.
 
-    Closing or cancelling it aborts every job in the engine.
+    Closing or cancelling it aborts every job in the engine. A `sink` is never offered the end of a choice, nor anything
+    of a request with several jobs, whose steps are gathered first.
 
     Raises:
         ApiError: the engine refuses a job, is not running, or computed what is not a number.
     """
     batches = (
-        _one(client, jobs[0], priority, cache_salt) if len(jobs) == 1 else _many(client, jobs, priority, cache_salt)
+        _one(client, jobs[0], priority, cache_salt, sink)
+        if len(jobs) == 1
+        else _many(client, jobs, priority, cache_salt)
     )
     try:
         async with aclosing(batches):
@@ -54,11 +64,26 @@ async def generate(
 
 
 async def _one(
-    client: EngineClient, job: PromptJob, priority: int, cache_salt: str
+    client: EngineClient, job: PromptJob, priority: int, cache_salt: str, sink: BatchSink | None = None
 ) -> AsyncGenerator[DeltaBatch, None]:
+    def take(step: list[TextDelta]) -> bool:
+        if sink is None or not step:
+            return False
+        for delta in step:
+            if delta.finish_reason is not None:
+                return False
+        return sink([(job, delta) for delta in step])
+
     # Ids that clients choose may repeat; the engine's own never do.
     request_id = secrets.token_hex(16)
-    deltas = client.generate(request_id, job.token_ids, job.params, priority=priority, cache_salt=cache_salt)
+    deltas = client.generate(
+        request_id,
+        job.token_ids,
+        job.params,
+        priority=priority,
+        cache_salt=cache_salt,
+        sink=take if sink is not None else None,
+    )
     async with aclosing(deltas):
         async for step in deltas:
             yield [(job, delta) for delta in step]

@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from quire.server.admission import Admission
 from quire.server.context import context_of
+from quire.server.local_metrics import LocalCounter, LocalHistogram
 
 if TYPE_CHECKING:
     from quire.engine.client import EngineClient
@@ -47,7 +48,13 @@ class Metrics:
         self._model_name = model_name
         tokens = _one_two_five(client.info.max_model_len)
         self.time_to_first_token = self._histogram("time_to_first_token_seconds", "First token", _FIRST_TOKEN)
-        self.inter_token_latency = self._histogram("inter_token_latency_seconds", "Between tokens", _BETWEEN_TOKENS)
+        labels = dict(zip(_LABELS, (model_name, _ENGINE), strict=True))
+        self.inter_token_latency = LocalHistogram(
+            "vllm:inter_token_latency_seconds", "Between tokens", labels, _BETWEEN_TOKENS
+        )
+        self.generation_tokens = LocalCounter("vllm:generation_tokens", "Tokens generated", labels)
+        self.registry.register(self.inter_token_latency)
+        self.registry.register(self.generation_tokens)
         self.time_per_output_token = self._histogram(
             "request_time_per_output_token_seconds", "Mean time between tokens of a request", _BETWEEN_TOKENS
         )
@@ -64,7 +71,6 @@ class Metrics:
         self.params_max_tokens = self._histogram("request_params_max_tokens", "max_tokens asked for", tokens)
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed")
         self.prompt_tokens_cached = self._counter("prompt_tokens_cached", "Prompt tokens found in the prefix cache")
-        self.generation_tokens = self._counter("generation_tokens", "Tokens generated")
         self._success = Counter(
             "vllm:request_success", "Finished choices", (*_LABELS, "finished_reason"), registry=self.registry
         )

@@ -11,6 +11,9 @@ from starlette.responses import Response
 from quire.grammar import Grammar
 from quire.sampling_params import EarlyStopping, SamplingParams
 from quire.server.log_probs import LogProbs, PromptLogProbs
+from quire.server.sse import event
+
+_ENCODER = msgspec.json.Encoder()
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -88,6 +91,23 @@ class Completion(msgspec.Struct, kw_only=True):
     system_fingerprint: None = None
     warnings: list[str] | UnsetType = UNSET
     effective_params: EffectiveParams | UnsetType = UNSET
+
+
+class ChunkTemplate:
+    """Encodes chunks of a stream that differ in their text alone: the rest of them is encoded once."""
+
+    __slots__ = ("_after", "_before")
+
+    def __init__(self, chunk: Completion) -> None:
+        """chunk: with one choice, whose text is empty."""
+        # Inside a JSON string quotes are escaped, so no name or id that a client chose can look like this.
+        before, text, after = event(msgspec.json.encode(chunk)).partition(b'"text":""')
+        self._before = before + text[:-2]
+        self._after = after
+
+    def fill(self, text: str) -> bytes:
+        """The event that tells `text`."""
+        return self._before + _ENCODER.encode(text) + self._after
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from starlette.types import Send
 
 from quire.server.errors import ApiError
+
+if TYPE_CHECKING:
+    from quire.server.protocol import PartWriter
 
 DONE: Final = b"data: [DONE]\n\n"
 PING: Final = b": ping\n\n"
@@ -26,10 +29,15 @@ def event(data: bytes) -> bytes:
 
 class EventStream:
     """The response of one stream. The header goes out with the first write, so that a request which fails before it
-    has anything to show is still answered with a plain status."""
+    has anything to show is still answered with a plain status.
 
-    def __init__(self, send: Send, headers: Sequence[tuple[bytes, bytes]]) -> None:
+    Args:
+        parts: writes what stands between head and end without waiting, where the connection can.
+    """
+
+    def __init__(self, send: Send, headers: Sequence[tuple[bytes, bytes]], parts: PartWriter | None = None) -> None:
         self._send = send
+        self._parts = parts
         self._headers = [*HEADERS, *headers]
         self.started = False
         self.ended = False
@@ -38,6 +46,23 @@ class EventStream:
         """Since when a write has been waiting for the client to read."""
         # Comment lines are written beside the stream itself.
         self._lock = asyncio.Lock()
+
+    def ready(self) -> bool:
+        """Whether `write_part` may be called: the stream has begun, and nothing waits to be written before."""
+        return (
+            self._parts is not None
+            and self.started
+            and not self.ended
+            and not self._lock.locked()
+            and self._parts.ready()
+        )
+
+    def write_part(self, data: bytes) -> None:
+        """Write at once; only when ready."""
+        if self._parts is None or not data:
+            raise RuntimeError("There is nothing to write, or nothing to write to.")
+        self.last_write = time.monotonic()
+        self._parts.write(data)
 
     async def write(self, data: bytes, *, end: bool = False) -> None:
         """Write, or wait until the client has read enough; if cancelled while it waits, nothing was written."""

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class ChoiceTally:
+    index: int
+    """In the answer."""
     num_tokens: int = 0
     num_cached_tokens: int = 0
     started_at: float = 0.0
@@ -39,7 +41,7 @@ class Tally:
         self._n = n
         self._metrics = metrics
         self.begin = self.last_progress = time.monotonic()
-        self.choices = [ChoiceTally() for _ in range(len(jobs) * n)]
+        self.choices = [ChoiceTally(index) for index in range(len(jobs) * n)]
         self._num_unfinished = len(self.choices)
         self._num_discarded_tokens = 0
 

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from quire.engine.best_of import engine_params
+from quire.engine.delta_queue import Sink
 from quire.engine.grammar.compiler import GrammarCompiler
 from quire.engine.messages import EngineInfo
 from quire.engine.output_processor import OutputProcessor
@@ -121,6 +122,7 @@ class FakeClient:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        sink: Sink | None = None,
     ) -> AsyncGenerator[list[TextDelta], None]:
         self.calls.append(
             {"id": request_id, "ids": prompt_token_ids, "params": params, "priority": priority, "salt": cache_salt}
@@ -143,7 +145,8 @@ class FakeClient:
                 for delta in deltas:
                     delta.text = self.step_text or delta.text
                     delta.started_at = time.monotonic()
-                yield deltas
+                if sink is None or not sink(deltas):
+                    yield deltas
                 self.num_steps += 1
                 if finished:
                     return
