@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 
 from prometheus_client.metrics_core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 
 class LocalCounter(Collector):
@@ -53,11 +52,8 @@ class LocalHistogram(Collector):
 
     def collect(self) -> Iterator[Metric]:
         family = HistogramMetricFamily(self._name, self._text, labels=list(self._labels))
-        bounds: Iterable[float] = (*self._bounds, math.inf)
-        total, buckets = 0, []
-        for bound, count in zip(bounds, self._counts, strict=True):
-            total += count
-            buckets.append((floatToGoString(bound), float(total)))  # type: ignore[no-untyped-call]
+        names = [*(str(float(bound)) for bound in self._bounds), "+Inf"]
+        buckets = list(zip(names, accumulate(self._counts), strict=True))
         family.add_metric(list(self._labels.values()), buckets, self._sum)
         family.add_sample(f"{self._name}_created", dict(self._labels), self._created)
         yield family

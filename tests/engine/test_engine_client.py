@@ -459,3 +459,46 @@ def test_no_orphan_when_the_front_process_is_killed(harness: Harness) -> None:
         begin = time.monotonic()
         assert front.stdout.read() == "", "the pipe ends once both processes, which share it, have ended"
         assert time.monotonic() - begin < 2.0
+
+
+def test_sink_takes_steps_only_while_the_reader_waits_with_nothing_left() -> None:
+    async def check() -> None:
+        taken: list[TextDelta] = []
+        willing = True
+
+        def sink(deltas: list[TextDelta]) -> bool:
+            if willing:
+                taken.extend(deltas)
+            return willing
+
+        queue = DeltaQueue(sink)
+        queue.put([TextDelta(0, "a", [1])])  # nobody waits yet
+        assert taken == []
+        assert await queue.get() == [TextDelta(0, "a", [1])]
+        reader = asyncio.create_task(queue.get())
+        await asyncio.sleep(0)
+        queue.put([TextDelta(0, "b", [2])])
+        assert [delta.text for delta in taken] == ["b"]
+        willing = False
+        queue.put([TextDelta(0, "c", [3])])
+        willing = True
+        queue.put([TextDelta(0, "d", [4])])  # would overtake what the reader has not taken yet
+        assert [delta.text for delta in taken] == ["b"]
+        assert await reader == [TextDelta(0, "cd", [3, 4])]
+
+    asyncio.run(check())
+
+
+def test_reader_gets_what_a_sink_raises() -> None:
+    async def check() -> None:
+        def sink(_: list[TextDelta]) -> bool:
+            raise RuntimeError("broken")
+
+        queue = DeltaQueue(sink)
+        reader = asyncio.create_task(queue.get())
+        await asyncio.sleep(0)
+        assert queue.put([TextDelta(0, "a", [1])])
+        with pytest.raises(RuntimeError, match="broken"):
+            await reader
+
+    asyncio.run(check())

@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from quire.engine.best_of import engine_params
+from quire.engine.delta_queue import Sink
 from quire.engine.grammar.compiler import GrammarCompiler
 from quire.engine.messages import EngineInfo
 from quire.engine.output_processor import OutputProcessor
@@ -124,7 +125,7 @@ class FakeClient:
         *,
         priority: int = 0,
         cache_salt: str = "",
-        sink: Callable[[list[TextDelta]], bool] | None = None,
+        sink: Sink | None = None,
     ) -> AsyncGenerator[list[TextDelta], None]:
         self.calls.append(
             {"id": request_id, "ids": prompt_token_ids, "params": params, "priority": priority, "salt": cache_salt}
