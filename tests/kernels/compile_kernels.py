@@ -32,7 +32,6 @@ TYPE_NAMES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.float64: "*fp64",
-    torch.int8: "*i8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -105,7 +104,7 @@ def compile_launch(launch: Launch, target: Target) -> Any:
     for index, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.args[parameter.name]
         is_general = parameter.do_not_specialize
-        if name in constexpr_names or (isinstance(value, int) and value == 1 and not is_general):
+        if name in constexpr_names or value is None or (isinstance(value, int) and value == 1 and not is_general):
             signature[name] = "constexpr"
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
@@ -216,24 +215,6 @@ def small_operations(dtype: torch.dtype, head_dim: int, target: Target) -> list[
     ]
 
 
-def int8_pages(target: Target) -> dict[str, list[Launch]]:
-    """Writing and reading of codes with scales, bfloat16 outside."""
-    bf16, head_dim = torch.bfloat16, 128
-    k_cache, v_cache = caches(torch.int8, head_dim)
-    scales = [tensor(*k_cache.shape[:3], dtype=torch.float32) for _ in range(2)]
-    query = tensor(64, NUM_HEADS, head_dim, dtype=bf16)
-    key = tensor(64, NUM_KV_HEADS, head_dim, dtype=bf16)
-    slots = tensor(64, dtype=torch.int64)
-    tables, lens = tensor(64, CONTEXT // PAGE, dtype=torch.int32), tensor(64, dtype=torch.int32)
-    starts = tensor(65, dtype=torch.int32)
-    pages = (query, k_cache, v_cache, tables, lens)
-    return {
-        "write": launches("kv_write", target, key, key, k_cache, v_cache, slots, *scales),
-        "decode": launches("paged_decode", target, *pages, 0.1, None, None, *scales),
-        "prefill": launches("paged_prefill", target, *pages, starts, 0.1, 1024, None, None, *scales),
-    }
-
-
 def sampling(vocab_size: int, target: Target) -> list[Launch]:
     """What follows the last layer: float32, whatever the model's dtype."""
     num_rows = 64
@@ -264,8 +245,6 @@ def cases() -> Iterator[tuple[str, Target, list[Launch]]]:
         yield "prefill-bf16-d128-window-1seq", target, prefill(bf16, 128, 1, 1024, 1024, target)
         yield "prefill-bf16-d128-short", target, prefill(bf16, 128, 8, 16, None, target)
         yield "prefill-bf16-d256", target, prefill(bf16, 256, 2, 1024, None, target)
-        for name, work in int8_pages(target).items():
-            yield f"{name}-int8-d128", target, work
         for vocab_size in (151_936, 262_144, 32_003):
             yield f"sampling-fp32-v{vocab_size}", target, sampling(vocab_size, target)
     yield "decode-bf16-d80", H100, decode(bf16, 80, 8, None, H100)
