@@ -77,8 +77,12 @@ def kv_write(
         slot_mapping,
     )
     if body == "triton":
-        from quire.kernels.kv_write.triton import kv_write as run
-    elif body == "cpu":
+        from quire.kernels.kv_write.triton import kv_write as run_on_gpu
+
+        require(k_scales is None, "int8 pages are for CPUs: there are no GPU kernels for them")
+        run_on_gpu(key, value, k_cache, v_cache, slot_mapping)
+        return
+    if body == "cpu":
         from quire.kernels.kv_write.cpu import kv_write as run
     else:
         from quire.kernels.kv_write.reference import kv_write as run

@@ -59,8 +59,11 @@ def paged_decode(
     )
     require(query.shape[0] == block_tables.shape[0], "query must have one row per sequence", query, block_tables)
     if body == "triton":
-        from quire.kernels.paged_decode.triton import paged_decode as run
-    elif body == "cpu":
+        from quire.kernels.paged_decode.triton import paged_decode as run_on_gpu
+
+        require(k_scales is None, "int8 pages are for CPUs: there are no GPU kernels for them")
+        return run_on_gpu(query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out)
+    if body == "cpu":
         from quire.kernels.paged_decode.cpu import paged_decode as run
     else:
         from quire.kernels.paged_decode.reference import paged_decode as run

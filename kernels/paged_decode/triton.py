@@ -14,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 
-from quire.kernels.quantization import LARGEST_CODE
 from quire.kernels.targets import Target, current_target
 
 MAX_HEADS_PER_PROGRAM = 32
@@ -45,8 +44,6 @@ def split_kernel(
     query: tl.tensor,
     k_cache: tl.tensor,
     v_cache: tl.tensor,
-    k_scales: tl.tensor,
-    v_scales: tl.tensor,
     block_tables: tl.tensor,
     seq_lens: tl.tensor,
     out: tl.tensor,
@@ -57,8 +54,6 @@ def split_kernel(
     query_stride_head: tl.tensor,
     cache_stride_block: tl.tensor,
     cache_stride_head: tl.tensor,
-    scales_stride_block: tl.tensor,
-    scales_stride_head: tl.tensor,
     table_stride: tl.tensor,
     out_stride_seq: tl.tensor,
     out_stride_head: tl.tensor,
@@ -70,16 +65,11 @@ def split_kernel(
     WINDOW: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     MIN_TILES: tl.constexpr,
-    LARGEST_CODE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """One split of one sequence for the query heads (or some of them) of one KV head.
-
-    int8 codes are multiplied as they are, which is exact in query's dtype; the scales of keys go to the scores, those
-    of values, as the largest magnitudes that they stand for, to the weights.
-    """
+    """One split of one sequence for the query heads (or some of them) of one KV head."""
     programs_per_group: tl.constexpr = (GROUP_SIZE + HEADS_PER_PROGRAM - 1) // HEADS_PER_PROGRAM
     programs_per_seq: tl.constexpr = NUM_KV_HEADS * programs_per_group
     sequence = (tl.program_id(0) // programs_per_seq).to(tl.int64)
@@ -116,24 +106,17 @@ def split_kernel(
         block_id = tl.load(table + position // BLOCK_SIZE, mask=visible, other=0).to(tl.int64)
         slot = block_id * cache_stride_block + (position % BLOCK_SIZE) * HEAD_DIM
         k = tl.load(k_head + slot[None, :] + dim[:, None], mask=visible[None, :] & dim_mask[:, None], other=0.0)
-        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
-        if k_scales is not None:
-            scale_at = block_id * scales_stride_block + kv_head * scales_stride_head + position % BLOCK_SIZE
-            scores *= tl.load(k_scales + scale_at, mask=visible, other=0.0)[None, :]
+        scores = tl.dot(q, k, input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
         scores = tl.where(visible[None, :], scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         weights = tl.exp2(scores - new_highest[:, None])
         decay = tl.exp2(highest - new_highest)
         v = tl.load(v_head + slot[:, None] + dim[None, :], mask=visible[:, None] & dim_mask[None, :], other=0.0)
+        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
         total = total * decay + tl.sum(weights, 1)
-        if k_scales is not None:
-            weights *= (tl.load(v_scales + scale_at, mask=visible, other=0.0) * LARGEST_CODE)[None, :]
-        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * decay[:, None], input_precision="ieee")
         highest = new_highest
 
     result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
-    if k_scales is not None:
-        result *= 1 / LARGEST_CODE
     out_mask = row_mask[:, None] & dim_mask[None, :]
     if NUM_SPLITS == 1:
         out_at = out + sequence * out_stride_seq + (head * out_stride_head)[:, None] + dim[None, :]
@@ -240,8 +223,6 @@ def paged_decode(
     scale: float,
     sliding_window: int | None = None,
     out: torch.Tensor | None = None,
-    k_scales: torch.Tensor | None = None,
-    v_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
     num_seqs, num_heads, head_dim = query.shape
@@ -253,7 +234,7 @@ def paged_decode(
     parameters = decode_parameters(
         query.dtype, head_dim, num_heads, num_kv_heads, num_seqs, max_seq_len, sliding_window, target
     )
-    launch(query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out, k_scales, v_scales, parameters)
+    launch(query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out, parameters)
     return out
 
 
@@ -266,8 +247,6 @@ def launch(
     scale: float,
     sliding_window: int | None,
     out: torch.Tensor,
-    k_scales: torch.Tensor | None,
-    v_scales: torch.Tensor | None,
     parameters: DecodeParameters,
 ) -> None:
     """Fill `out` as paged_decode does, with chosen parameters."""
@@ -284,8 +263,6 @@ def launch(
         query,
         k_cache,
         v_cache,
-        k_scales,
-        v_scales,
         block_tables,
         seq_lens,
         out,
@@ -296,7 +273,6 @@ def launch(
         query.stride(1),
         k_cache.stride(0),
         k_cache.stride(1),
-        *((0, 0) if k_scales is None else k_scales.stride()[:2]),
         block_tables.stride(0),
         out.stride(0),
         out.stride(1),
@@ -308,7 +284,6 @@ def launch(
         WINDOW=sliding_window,
         NUM_SPLITS=num_splits,
         MIN_TILES=MIN_TILES_PER_SPLIT,
-        LARGEST_CODE=LARGEST_CODE,
         BLOCK_M=parameters.block_m,
         BLOCK_N=parameters.block_n,
         BLOCK_D=parameters.block_d,

@@ -71,13 +71,14 @@ def paged_prefill(
         query_start,
         seq_lens,
     )
+    common = (query, k_cache, v_cache, block_tables, seq_lens, query_start, scale, max_query_len, sliding_window, out)
     if body == "triton":
-        from quire.kernels.paged_prefill.triton import paged_prefill as run
-    elif body == "cpu":
+        from quire.kernels.paged_prefill.triton import paged_prefill as run_on_gpu
+
+        require(k_scales is None, "int8 pages are for CPUs: there are no GPU kernels for them")
+        return run_on_gpu(*common)
+    if body == "cpu":
         from quire.kernels.paged_prefill.cpu import paged_prefill as run
     else:
         from quire.kernels.paged_prefill.reference import paged_prefill as run
-    return run(
-        *(query, k_cache, v_cache, block_tables, seq_lens, query_start, scale, max_query_len, sliding_window, out),
-        *(k_scales, v_scales),
-    )
+    return run(*common, k_scales, v_scales)

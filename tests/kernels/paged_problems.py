@@ -153,7 +153,7 @@ def launched(op: str, parameters: Any) -> Run:
     ) -> torch.Tensor:
         out = torch.empty_like(arguments[0]) if out is None else out
         launch = importlib.import_module(f"quire.kernels.{op}.triton").launch
-        launch(*arguments, sliding_window, out, k_scales, v_scales, parameters)
+        launch(*arguments, sliding_window, out, parameters)
         return out
 
     return run

@@ -127,7 +127,7 @@ def attention_arguments(**changes: Any) -> dict[str, Any]:
     [
         ({"query": PROBLEM.query[:, :, ::2]}, "query must be"),
         ({"query": PROBLEM.query.to(torch.int32)}, "dtype torch.int32 is not supported"),
-        ({"query": PROBLEM.query.half()}, "one dtype"),
+        ({"query": PROBLEM.query.half()}, "must have the dtype"),
         ({"query": PROBLEM.query[:, :3]}, "multiple of the KV heads"),
         ({"query": PROBLEM.query[:1]}, "one row per sequence"),
         ({"k_cache": PROBLEM.k_cache[..., :32]}, "k_cache must be"),
