@@ -55,7 +55,10 @@ class Problem:
         return float(self.shape.head_dim**-0.5)
 
     @property
-    def scales(self) -> dict[str, torch.Tensor | None]:
+    def scales(self) -> dict[str, torch.Tensor]:
+        """Arguments of a kernel that reads int8 pages."""
+        if self.k_scales is None or self.v_scales is None:
+            return {}
         return {"k_scales": self.k_scales, "v_scales": self.v_scales}
 
     def to(self, dtype: torch.dtype) -> Problem:
@@ -146,8 +149,6 @@ def launched(op: str, parameters: Any) -> Run:
     def run(
         *arguments: Any,
         sliding_window: int | None,
-        k_scales: torch.Tensor | None,
-        v_scales: torch.Tensor | None,
         max_query_len: int = 1,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
