@@ -173,7 +173,8 @@ def test_every_stream_learns_of_the_engines_death(
             asyncio.create_task(collect(client, [50, 51], SamplingParams(n=1 + i % 3, max_tokens=50_000)))
             for i in range(20)
         ]
-        await until(lambda: client.stats().num_running == 20)
+        # An engine that fails by itself may have died before anybody looked at it.
+        await until(lambda: client.stats().num_running == 20 or not client.alive)
         if kill:
             os.kill(client.pid, signal.SIGKILL)
         begin = time.monotonic()
@@ -344,8 +345,9 @@ def test_choices_are_ranked_and_prompts_are_scored_across_the_socketpair(harness
     async def check(client: EngineClient) -> None:
         ids = await client.tokenizer.encode("one two", add_special_tokens=False)
         steps = [step async for step in client.generate("r", ids, SamplingParams(n=2, best_of=4, max_tokens=3))]
-        assert steps[0] == [], "it has begun"
-        (best,) = steps[1:]
+        # The empty step that tells of the beginning joins the next one if nobody took it in time.
+        (best,) = (step for step in steps if step)
+        assert len(steps) <= 2
         assert [(delta.choice_index, delta.log_probs, delta.num_discarded_tokens) for delta in best] == [
             (0, None, 6),
             (1, None, 0),
