@@ -52,6 +52,7 @@ class Resources:
     shared_memory_limit: int
     num_warps: int
     mma: dict[str, int]
+    """Matrix instructions, and loads and stores of NVIDIA's that say how data moves, by name."""
     int64_offsets: bool
 
 
@@ -134,7 +135,8 @@ def nvidia_resources(compiled: Any) -> tuple[int, int, dict[str, int]]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resources: {usage}")
-    mma = {name: len(re.findall(rf"\b{name}", sass)) for name in ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS")}
+    names = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "LDG.E.128", "STG.E.128")
+    mma = {name: len(re.findall(rf"\b{name}", sass)) for name in names}
     return int(found[1]), int(found[2]), mma
 
 
@@ -204,6 +206,7 @@ def small_operations(dtype: torch.dtype, head_dim: int, target: Target) -> list[
     query, key, value = qkv.split([NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS], dim=1)
     positions = tensor(num_tokens, dtype=torch.int64)
     cos_sin = tensor(CONTEXT, head_dim, dtype=torch.float32)
+    written = (query, key, value, positions, cos_sin, *caches(dtype, head_dim))
     return [
         *launches("rms_norm", target, hidden, tensor(hidden_size, dtype=dtype), 1e-6),
         *launches(
@@ -212,6 +215,11 @@ def small_operations(dtype: torch.dtype, head_dim: int, target: Target) -> list[
         *launches("rms_norm", target, query, tensor(head_dim, dtype=dtype), 1e-6),
         *launches("rope", target, query, key, positions, cos_sin),
         *launches("kv_write", target, key, value, *caches(dtype, head_dim), positions),
+        *(
+            launch
+            for norms in ((None, None), (tensor(head_dim, dtype=dtype), tensor(head_dim, dtype=dtype)))
+            for launch in launches("rope_kv_write", target, *written, positions, *norms, 1e-6)
+        ),
     ]
 
 
