@@ -23,6 +23,7 @@ from measuring.report import write_json
 from torch.nn.functional import scaled_dot_product_attention
 
 from quire.kernels.backend import Backend
+from quire.kernels.gated_activation import gated_activation
 from quire.kernels.kv_write import kv_write
 from quire.kernels.paged_decode import paged_decode
 from quire.kernels.paged_prefill import paged_prefill
@@ -198,11 +199,15 @@ def small_cases(model: Model, num_tokens: int, dtype: torch.dtype, device: torch
 
         return run
 
+    def gate(backend: Backend) -> Run:
+        return lambda x: gated_activation(x, "silu", backend=backend)
+
     operations = [
         ("norm", norm, 4 * num_tokens * heads * head_dim, [(x, residual) for x, residual in hidden]),
         ("rope", rotation, 2 * num_tokens * (heads + kv_heads) * head_dim, [(q, k) for q, k, _ in projections]),
         ("kv_write", write, 4 * num_tokens * kv_heads * head_dim, [(k, v) for _, k, v in projections]),
         ("rope_kv_write", fused, 2 * num_tokens * (heads + 2 * kv_heads) * head_dim, projections),
+        ("gated_activation", gate, 3 * num_tokens * heads * head_dim, [(x.view(num_tokens, -1),) for x in hidden]),
     ]
     return [
         Case(f"{name} {num_tokens} tokens", make("auto"), make("reference"), inputs, elements * dtype.itemsize)

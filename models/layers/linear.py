@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from quire.config import ConfigError, Quantization
 from quire.kernels import linear as packed
 from quire.kernels import quantized_linear as quantized
+from quire.kernels.gated_activation import gated_activation
 from quire.kernels.linear import Activation
+from quire.kernels.linear.reference import activate
 from quire.kernels.quantized_linear import Bits, QuantizedWeight, quantized_linear
 from quire.models.weights import Weights
 
@@ -36,11 +38,7 @@ class TorchLinear:
 
     def __call__(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         out = F.linear(x, self._weight, self._bias)
-        if self._gated:
-            gate, up = out.chunk(2, dim=-1)
-            out = activate(gate, self._activation) * up
-        else:
-            out = activate(out, self._activation)
+        out = gated_activation(out, self._activation) if self._gated else activate(out, self._activation)
         return out if out_dtype is None else out.to(out_dtype)
 
 
@@ -66,20 +64,6 @@ class QuantizedLinear:
 
     def __call__(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         return quantized_linear(x, self._weight, self._bias, activation=self._activation, out_dtype=out_dtype)
-
-
-def activate(x: torch.Tensor, activation: Activation | None) -> torch.Tensor:
-    match activation:
-        case None:
-            return x
-        case "silu":
-            return F.silu(x)
-        case "gelu":
-            return F.gelu(x)
-        case "gelu_tanh":
-            return F.gelu(x, approximate="tanh")
-        case "relu":
-            return F.relu(x)
 
 
 def make_linear(

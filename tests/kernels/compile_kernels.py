@@ -213,6 +213,7 @@ def small_operations(dtype: torch.dtype, head_dim: int, target: Target) -> list[
             "rms_norm", target, hidden, tensor(hidden_size, dtype=dtype), 1e-6, tensor(*hidden.shape, dtype=dtype)
         ),
         *launches("rms_norm", target, query, tensor(head_dim, dtype=dtype), 1e-6),
+        *launches("gated_activation", target, hidden, "silu"),
         *launches("rope", target, query, key, positions, cos_sin),
         *launches("kv_write", target, key, value, *caches(dtype, head_dim), positions),
         *(
