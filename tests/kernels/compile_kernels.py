@@ -233,6 +233,7 @@ def sampling(vocab_size: int, target: Target) -> list[Launch]:
     bitmask = tensor(num_rows, -(-vocab_size // 32), dtype=torch.int32)
     return [
         *launches("sample", target, logits, temperature, integers, top_p, min_p, uniform),
+        *launches("argmax", target, logits[:1]),
         *launches("token_bitmask", target, logits, bitmask, integers),
         *(launch for num_top in (0, 1, 64) for launch in launches("log_probs", target, logits, integers, num_top)),
     ]

@@ -79,8 +79,8 @@ def test_all_kernels_are_compiled_for_all_targets(report: Report, capsys: pytest
     with capsys.disabled():
         print("\n" + report.table())
     sources = sorted(Path(compile_kernels.__file__).parents[2].glob("kernels/*/triton.py"))
-    assert len(sources) == 10
-    of_logits = {name for op in ("sample", "token_bitmask", "log_probs") for name in kernel_names(op)}
+    assert len(sources) == 11
+    of_logits = {name for op in ("argmax", "sample", "token_bitmask", "log_probs") for name in kernel_names(op)}
     of_layers = {name for path in sources for name in kernel_names(path.parent.name)} - of_logits
     for arch in ARCHS:
         for dtype, kernels in (("bf16", of_layers), ("fp16", of_layers), ("fp32", of_logits)):

@@ -31,7 +31,7 @@ KERNEL_MODULES = (
         f"quire.kernels.{op}.triton"
         for op in (
             *("rms_norm", "rope", "kv_write", "rope_kv_write", "paged_decode", "paged_prefill"),
-            *("gated_activation", "sample", "token_bitmask", "log_probs"),
+            *("gated_activation", "argmax", "sample", "token_bitmask", "log_probs"),
         )
     ),
 )
