@@ -32,6 +32,8 @@ TYPE_NAMES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.float64: "*fp64",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e4m3fnuz: "*fp8e4b8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -66,8 +68,8 @@ def tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launches(op: str, target: Target, *args: Any) -> list[Launch]:
-    """What the launcher of `op` would launch on `target`."""
+def launches(op: str, target: Target, *args: Any, launcher: str | None = None) -> list[Launch]:
+    """What the launcher of `op`, named like it if not otherwise, would launch on `target`."""
     module = importlib.import_module(f"quire.kernels.{op}.triton")
     recorded: list[Launch] = []
 
@@ -88,7 +90,7 @@ def launches(op: str, target: Target, *args: Any) -> list[Launch]:
             setattr(module, name, Recorder(kernel))
         if hasattr(module, "current_target"):
             module.current_target = lambda device: target  # type: ignore[attr-defined]
-        getattr(module, op)(*args)
+        getattr(module, launcher or op)(*args)
     finally:
         for name, value in replaced.items():
             setattr(module, name, value)
@@ -135,7 +137,7 @@ def nvidia_resources(compiled: Any) -> tuple[int, int, dict[str, int]]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resources: {usage}")
-    names = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "LDG.E.128", "STG.E.128")
+    names = ("HMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "FADD", "LDGSTS", "LDG.E.128", "STG.E.128")
     mma = {name: len(re.findall(rf"\b{name}", sass)) for name in names}
     return int(found[1]), int(found[2]), mma
 
@@ -224,6 +226,23 @@ def small_operations(dtype: torch.dtype, head_dim: int, target: Target) -> list[
     ]
 
 
+def fp8_layers(target: Target) -> list[Launch]:
+    """Decode and prefill of layers with fp8 weights, in the fp8 that the target multiplies."""
+    dtype = torch.float8_e4m3fnuz if target.vendor == "hip" else torch.float8_e4m3fn
+    depth, bf16 = 4096, torch.bfloat16
+    found = [
+        launch
+        for size in (depth, 28_672)
+        for launch in launches("fp8_linear", target, tensor(8, size, dtype=bf16), dtype, launcher="quantize_tokens")
+    ]
+    for num_tokens, num_features in ((1, depth), (1, 28_672), (4096, depth)):
+        codes, weight = tensor(num_tokens, depth, dtype=dtype), tensor(num_features, depth, dtype=dtype)
+        scales, weight_scales = (tensor(number, dtype=torch.float32) for number in (num_tokens, num_features))
+        arguments = (codes, scales, weight, weight_scales, tensor(num_features, dtype=bf16), bf16)
+        found += launches("fp8_linear", target, *arguments, launcher="scaled_product")
+    return found
+
+
 def sampling(vocab_size: int, target: Target) -> list[Launch]:
     """What follows the last layer: float32, whatever the model's dtype."""
     num_rows = 64
@@ -255,6 +274,8 @@ def cases() -> Iterator[tuple[str, Target, list[Launch]]]:
         yield "prefill-bf16-d128-window-1seq", target, prefill(bf16, 128, 1, 1024, 1024, target)
         yield "prefill-bf16-d128-short", target, prefill(bf16, 128, 8, 16, None, target)
         yield "prefill-bf16-d256", target, prefill(bf16, 256, 2, 1024, None, target)
+        if target != A100:
+            yield "fp8", target, fp8_layers(target)
         for vocab_size in (151_936, 262_144, 32_003):
             yield f"sampling-fp32-v{vocab_size}", target, sampling(vocab_size, target)
     yield "decode-bf16-d80", H100, decode(bf16, 80, 8, None, H100)
