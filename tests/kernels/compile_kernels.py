@@ -208,6 +208,7 @@ def small_operations(dtype: torch.dtype, head_dim: int, target: Target) -> list[
     query, key, value = qkv.split([NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS], dim=1)
     positions = tensor(num_tokens, dtype=torch.int64)
     cos_sin = tensor(CONTEXT, head_dim, dtype=torch.float32)
+    norms = [tensor(head_dim, dtype=dtype) if dtype == torch.bfloat16 else None for _ in range(2)]
     written = (query, key, value, positions, cos_sin, *caches(dtype, head_dim))
     return [
         *launches("rms_norm", target, hidden, tensor(hidden_size, dtype=dtype), 1e-6),
@@ -218,11 +219,7 @@ def small_operations(dtype: torch.dtype, head_dim: int, target: Target) -> list[
         *launches("gated_activation", target, hidden, "silu"),
         *launches("rope", target, query, key, positions, cos_sin),
         *launches("kv_write", target, key, value, *caches(dtype, head_dim), positions),
-        *(
-            launch
-            for norms in ((None, None), (tensor(head_dim, dtype=dtype), tensor(head_dim, dtype=dtype)))
-            for launch in launches("rope_kv_write", target, *written, positions, *norms, 1e-6)
-        ),
+        *launches("rope_kv_write", target, *written, positions, *norms, 1e-6),
     ]
 
 
@@ -252,7 +249,7 @@ def sampling(vocab_size: int, target: Target) -> list[Launch]:
     bitmask = tensor(num_rows, -(-vocab_size // 32), dtype=torch.int32)
     return [
         *launches("sample", target, logits, temperature, integers, top_p, min_p, uniform),
-        *launches("argmax", target, logits[:1]),
+        *(launches("argmax", target, logits[:1]) if vocab_size == 151_936 else []),
         *launches("token_bitmask", target, logits, bitmask, integers),
         *(launch for num_top in (0, 1, 64) for launch in launches("log_probs", target, logits, integers, num_top)),
     ]
