@@ -23,6 +23,7 @@ from measuring.report import write_json
 from torch.nn.functional import scaled_dot_product_attention
 
 from quire.kernels.backend import Backend
+from quire.kernels.fp8_linear import Fp8Weight, code_dtype, fp8_linear, quantize, quantize_tokens
 from quire.kernels.gated_activation import gated_activation
 from quire.kernels.kv_write import kv_write
 from quire.kernels.paged_decode import paged_decode
@@ -215,6 +216,26 @@ def small_cases(model: Model, num_tokens: int, dtype: torch.dtype, device: torch
     ]
 
 
+def fp8_case(num_tokens: int, depth: int, num_features: int, fp8: torch.dtype, device: torch.device) -> Case:
+    """A linear layer with fp8 weights in bfloat16, its inputs' rounding included; the peer is torch's fp8 product."""
+    x = torch.randn((num_tokens, depth), dtype=torch.bfloat16, device=device)
+    weights = [quantize(torch.randn_like(x[:1].expand(num_features, -1)), fp8) for _ in range(NUM_COPIES)]
+
+    def ours(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return fp8_linear(x, Fp8Weight(codes, scales))
+
+    def peer(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        inputs, input_scales = quantize_tokens(x, fp8)
+        scale_a, scale_b = input_scales[:, None], scales[None, :]
+        out: torch.Tensor = torch._scaled_mm(inputs, codes.t(), scale_a, scale_b, out_dtype=torch.bfloat16)
+        return out
+
+    num_bytes = num_features * depth + 2 * num_tokens * (depth + num_features)
+    inputs = [(weight.codes, weight.scales) for weight in weights]
+    name = f"fp8 {num_tokens} x {depth} to {num_features}"
+    return Case(name, ours, peer, inputs, num_bytes, 2 * num_tokens * num_features * depth)
+
+
 def cases(dtype: torch.dtype, device: torch.device) -> list[Callable[[], list[Case]]]:
     """Made one after another, so that only one case's caches exist at a time."""
     if device.type == "cuda":
@@ -231,6 +252,10 @@ def cases(dtype: torch.dtype, device: torch.device) -> list[Callable[[], list[Ca
         return [attention_case(model, num_seqs, query_len, seq_len, dtype, device)]
 
     made: list[Callable[[], list[Case]]] = [lambda shape=shape: attention(*shape) for shape in lens]  # type: ignore[misc]
+    fp8 = code_dtype(device)
+    if device.type == "cuda" and fp8 is not None:
+        shapes = [(number, 4096, features) for number in (1, 64, 256, 8192) for features in (4096, 28_672)]
+        made += [lambda shape=shape: [fp8_case(*shape, fp8, device)] for shape in shapes]  # type: ignore[misc]
     made += [lambda number=number: small_cases(model, number, dtype, device) for number in token_counts]  # type: ignore[misc]
     return made
 

@@ -29,8 +29,9 @@ def quantize_tokens_kernel(
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, BLOCK)
     values = tl.load(x + row * x_stride + place, mask=place < DEPTH, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(values), 0) / LARGEST, SMALLEST_SCALE)
-    rounded = tl.div_rn(values, scale + tl.zeros([BLOCK], tl.float32)).to(codes.dtype.element_ty)
+    largest_code = tl.full([], LARGEST, tl.float32)
+    scale = tl.maximum(tl.div_rn(tl.max(tl.abs(values), 0), largest_code), SMALLEST_SCALE)
+    rounded = tl.div_rn(values, scale).to(codes.dtype.element_ty)
     tl.store(codes + row * DEPTH + place, rounded, mask=place < DEPTH)
     tl.store(scales + row, scale)
 

@@ -120,6 +120,14 @@ def test_codes_of_both_kinds_say_the_same() -> None:
     assert in_code_dtype(weight, E4M3) is weight
 
 
+def test_reference_is_torchs_own_product_of_fp8() -> None:
+    """Whose two scales are of rows and columns: a check of what multiplies what."""
+    x, weight = random(7, 96).bfloat16(), quantize(random(48, 96, seed=1), E4M3)
+    codes, scales = quantize_tokens(x, E4M3)
+    expected = torch._scaled_mm(codes, weight.codes.t(), scales[:, None], weight.scales[None], out_dtype=torch.bfloat16)
+    torch.testing.assert_close(fp8_linear(x, weight), expected, rtol=2**-7, atol=2**-7)
+
+
 def test_reference_is_near_what_was_not_rounded() -> None:
     """Two roundings to 4 significant bits, each off by 2 ** -5 of a uniform's standard deviation or so."""
     x, weight = random(64, 512), random(96, 512, seed=1)
