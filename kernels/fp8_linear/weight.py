@@ -32,15 +32,9 @@ class Fp8Weight:
 def code_dtype(device: torch.device) -> torch.dtype | None:
     """The fp8 that the matrix units of `device` multiply, or None if they have none.
 
-    NVIDIA's from compute capability 8.9 on and AMD's from gfx950 on take the one of the Open Compute Project; gfx942
-    takes one whose numbers are half as large. A CPU, which only tests compute on, counts as having the first.
+    A CPU, on which only tests compute so, counts as having float8_e4m3fn.
     """
-    if device.type != "cuda":
-        return torch.float8_e4m3fn
-    target = current_target(device)
-    if target.vendor == "cuda":
-        return torch.float8_e4m3fn if int(target.arch) >= 89 else None
-    return {"gfx942": torch.float8_e4m3fnuz, "gfx950": torch.float8_e4m3fn}.get(str(target.arch))
+    return current_target(device).fp8 if device.type == "cuda" else torch.float8_e4m3fn
 
 
 def quantize(weight: torch.Tensor, dtype: torch.dtype) -> Fp8Weight:

@@ -223,9 +223,8 @@ def small_operations(dtype: torch.dtype, head_dim: int, target: Target) -> list[
     ]
 
 
-def fp8_layers(target: Target) -> list[Launch]:
-    """Decode and prefill of layers with fp8 weights, in the fp8 that the target multiplies."""
-    dtype = torch.float8_e4m3fnuz if target.vendor == "hip" else torch.float8_e4m3fn
+def fp8_layers(dtype: torch.dtype, target: Target) -> list[Launch]:
+    """Decode and prefill of layers with weights in `dtype`, the fp8 that the target multiplies."""
     depth, bf16 = 4096, torch.bfloat16
     found = [
         launch
@@ -271,8 +270,8 @@ def cases() -> Iterator[tuple[str, Target, list[Launch]]]:
         yield "prefill-bf16-d128-window-1seq", target, prefill(bf16, 128, 1, 1024, 1024, target)
         yield "prefill-bf16-d128-short", target, prefill(bf16, 128, 8, 16, None, target)
         yield "prefill-bf16-d256", target, prefill(bf16, 256, 2, 1024, None, target)
-        if target != A100:
-            yield "fp8", target, fp8_layers(target)
+        if target.fp8 is not None:
+            yield "fp8", target, fp8_layers(target.fp8, target)
         for vocab_size in (151_936, 262_144, 32_003):
             yield f"sampling-fp32-v{vocab_size}", target, sampling(vocab_size, target)
     yield "decode-bf16-d80", H100, decode(bf16, 80, 8, None, H100)

@@ -50,13 +50,20 @@ def narrow(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
 
 
-_FP8_DTYPES = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e4b8: torch.float8_e4m3fnuz}
+def widen_float8(bits: np.ndarray) -> np.ndarray:
+    """Bit patterns of e4m3 as float32."""
+    return torch.from_numpy(np.ascontiguousarray(bits)).view(torch.float8_e4m3fn).float().numpy()
+
+
+def narrow_float8(values: np.ndarray) -> np.ndarray:
+    """float32 as bit patterns of e4m3, rounded to nearest even; too large ones become the largest, as on GPUs."""
+    numbers = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).clamp(-448, 448)
+    return numbers.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 
 def _wide(handle: Any) -> Any:
-    if handle.get_element_ty() in _FP8_DTYPES:
-        codes = torch.from_numpy(handle.data.view(np.uint8)).view(_FP8_DTYPES[handle.get_element_ty()])
-        return interpreter.TensorHandle(codes.float().numpy(), tl.float32)
+    if handle.get_element_ty() == tl.float8e4nv:
+        return interpreter.TensorHandle(widen_float8(handle.data), tl.float32)
     if handle.get_element_ty() != tl.bfloat16:
         return handle
     return interpreter.TensorHandle(widen(handle.data), tl.float32)
@@ -66,21 +73,13 @@ def _narrow(handle: Any) -> Any:
     return interpreter.TensorHandle(narrow(handle.data), tl.bfloat16)
 
 
-def _round_to_fp8(handle: Any, target_type: Any) -> Any:
-    """As GPUs convert: to nearest even, and what is too large to the largest code."""
-    dtype = _FP8_DTYPES[target_type.scalar]
-    largest = torch.finfo(dtype).max
-    codes = torch.from_numpy(_wide(handle).data.astype(np.float32)).clamp(-largest, largest).to(dtype)
-    return interpreter.TensorHandle(codes.view(torch.uint8).numpy(), target_type.scalar)
-
-
 def _is_bfloat16(handle: Any) -> bool:
     return bool(handle.get_element_ty() == tl.bfloat16)
 
 
 @contextmanager
 def bfloat16_arithmetic() -> Iterator[None]:
-    """Within it the interpreter's dots, operators and casts compute bfloat16 by way of float32, and round to fp8."""
+    """Within it the interpreter's dots, operators and casts compute bfloat16 by way of float32 and round e4m3."""
     builder = interpreter.InterpreterBuilder
     names = ("create_dot", "binary_op", "unary_op", "create_fma", "cast_impl", "create_fp_to_fp")
     original: dict[str, Callable[..., Any]] = {name: getattr(builder, name) for name in names}
@@ -102,14 +101,16 @@ def bfloat16_arithmetic() -> Iterator[None]:
         return _narrow(result) if _is_bfloat16(z) else result
 
     def cast_impl(self: Any, source: Any, target_type: Any) -> Any:
-        if target_type.scalar in _FP8_DTYPES:
-            return _round_to_fp8(source, target_type)
+        if target_type.scalar == tl.float8e4nv:
+            values = original["cast_impl"](self, _wide(source), tl.float32).data
+            return interpreter.TensorHandle(narrow_float8(values), tl.float8e4nv)
         if target_type.scalar != tl.bfloat16:
             return original["cast_impl"](self, _wide(source), target_type)
         return _narrow(original["cast_impl"](self, _wide(source), tl.float32))
 
     def create_fp_to_fp(self: Any, source: Any, target_type: Any, rounding_mode: Any) -> Any:
-        if _is_bfloat16(source) or target_type.scalar == tl.bfloat16 or target_type.scalar in _FP8_DTYPES:
+        corrected = (tl.bfloat16, tl.float8e4nv)
+        if source.get_element_ty() in corrected or target_type.scalar in corrected:
             return cast_impl(self, source, target_type)
         return original["create_fp_to_fp"](self, source, target_type, rounding_mode)
 
