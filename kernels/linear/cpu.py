@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from quire.kernels.cpu_activation import CODES, NO_ACTIVATION, activate, add_row, multiply_row
-from quire.kernels.cpu_elements import float32_pointer, int64_pointer, move, pointer_to, take, write
-from quire.kernels.cpu_matrix import MAX_ROWS, PANEL, multiply_panel, new_tile
+from quire.kernels.cpu_activation import CODES, NO_ACTIVATION
+from quire.kernels.cpu_elements import int64_pointer, move, pointer_to, take
+from quire.kernels.cpu_epilogue import finish_row
+from quire.kernels.cpu_matrix import AHEAD_STEP, MAX_ROWS, PANEL, PASSES_AHEAD, multiply_panel, new_tile
 from quire.kernels.cpu_workers import Worker, new_tensor
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ _MIN_PRODUCTS = 65536  # multiplications that are worth a second thread
 def _multiply(shared: Any) -> None:
     parameters = int64_pointer(shared)
     num_rows, depth, gated = parameters[NUM_ROWS], parameters[IN_FEATURES], parameters[GATED]
-    x_stride, out_features, activation = parameters[X_STRIDE], parameters[OUT_FEATURES], parameters[ACTIVATION]
+    x_stride, out_features, bias = parameters[X_STRIDE], parameters[OUT_FEATURES], parameters[BIAS]
     x, weight = pointer_to(parameters[X], shared), pointer_to(parameters[WEIGHT], shared)
     features_per_panel = PANEL // 2 if gated else PANEL
     tile = new_tile()
@@ -48,35 +49,37 @@ def _multiply(shared: Any) -> None:
     num_units = parameters[NUM_PANELS] * num_blocks
     unit = take(parameters)
     while unit < num_units:
+        following = take(parameters)
         panel, block = divmod(unit, num_blocks)
         first_feature = panel * features_per_panel
         width = min(features_per_panel, out_features - first_feature)
         row, end = block * _ROWS_PER_UNIT, min((block + 1) * _ROWS_PER_UNIT, num_rows)
         num_passes = -(-(end - row) // MAX_ROWS)
         panel_weight = move(weight, panel * parameters[PANEL_STRIDE])
+        next_panel = move(weight, following // num_blocks * parameters[PANEL_STRIDE])
+        reads_ahead = following < num_units and num_passes >= PASSES_AHEAD
         while row < end:
             count = -(-(end - row) // num_passes)  # as even as can be
-            multiply_panel(move(x, row * x_stride), x_stride, count, panel_weight, depth, tile)
+            ahead, step = panel_weight, 0
+            if reads_ahead and num_passes <= PASSES_AHEAD:
+                ahead = move(next_panel, (PASSES_AHEAD - num_passes) * (parameters[PANEL_STRIDE] // PASSES_AHEAD))
+                step = AHEAD_STEP
+            multiply_panel(move(x, row * x_stride), x_stride, count, panel_weight, depth, tile, ahead, step)
             for i in range(count):
-                line = move(tile, i * PANEL)
-                if parameters[BIAS] != 0:
-                    add_row(line, move(float32_pointer(parameters[BIAS]), panel * PANEL), PANEL)
-                if activation != NO_ACTIVATION:
-                    activate(line, features_per_panel, activation)
-                if gated:
-                    multiply_row(line, move(line, PANEL // 2), PANEL // 2)
-                offset = (row + i) * out_features + first_feature
-                if parameters[OUT_IS_FLOAT32]:
-                    out32 = move(float32_pointer(parameters[OUT]), offset)
-                    for j in range(width):
-                        out32[j] = line[j]
-                else:
-                    out = move(pointer_to(parameters[OUT], shared), offset)
-                    for j in range(width):
-                        write(out, j, line[j])
+                finish_row(
+                    shared,
+                    move(tile, i * PANEL),
+                    bias + panel * PANEL * 4 if bias != 0 else 0,
+                    parameters[ACTIVATION],
+                    gated,
+                    parameters[OUT],
+                    parameters[OUT_IS_FLOAT32],
+                    (row + i) * out_features + first_feature,
+                    width,
+                )
             row += count
             num_passes -= 1
-        unit = take(parameters)
+        unit = following
 
 
 WORKER = Worker(_multiply)
