@@ -16,6 +16,7 @@ from quire.engine.device import (
     choose_device,
     choose_dtype,
     choose_kv_cache_dtype,
+    choose_prompt_budget,
     choose_quantization,
     choose_step_budget,
     dtype_name,
@@ -116,6 +117,7 @@ class Engine:
                 cache_namespace=f"{config.model}|{dtype}|{kv_dtype}|{config.quantization}|{secrets.token_hex(16)}",
             )
         )
+        self._scheduler.prompts.max_num_tokens = choose_prompt_budget(config, device)
         target = config.target_itl_ms
         self._pacer = None if target is None else StepPacer(target / 1000, step_budget)
         self.started: list[str] = []

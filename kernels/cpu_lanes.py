@@ -108,6 +108,11 @@ def store_elements(builder: Builder, vector: Value, pointer: Value, mask: Value 
     call(builder, f"llvm.masked.store.v{LANES}{name}.p0", ir.VoidType(), arguments)
 
 
+def rounded(builder: Builder, vector: Value, kind: types.Type) -> Value:
+    """float32 with the values that elements of `kind` would have."""
+    return widen(builder, narrow(builder, vector, kind), kind)
+
+
 def store_rounded(builder: Builder, vector: Value, pointer: Value, kind: types.Type, mask: Value | None) -> None:
     """Store LANES float32 as elements of `kind`; memory outside `mask` is not touched."""
     store_elements(builder, narrow(builder, vector, kind), pointer, mask)
