@@ -119,10 +119,10 @@ def store_rounded(builder: Builder, vector: Value, pointer: Value, kind: types.T
 
 
 def prefetch(builder: Builder, pointer: Value, count: Value, kind: types.Type) -> None:
-    """Have the lines of `count` elements brought into the cache; any address will do."""
+    """Have the lines of `count` elements brought into the cache's second level; any address will do."""
     line = integer(64 * 8 // kind.bitwidth)
     with cgutils.for_range_slice(builder, integer(0), count, line, I64) as (index, _):
-        prefetch_line(builder, at(builder, pointer, index))
+        prefetch_line(builder, at(builder, pointer, index), locality=2)
 
 
 def prefetch_line(builder: Builder, pointer: Value, locality: int = 3) -> None:
