@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from measuring import engines, loads
 from quire import LLM, SamplingParams
 
 
@@ -86,6 +89,28 @@ def _busy_share(run: Callable[[], object]) -> float:
         busy += max(0.0, end - max(begin, reached))
         reached = max(reached, end)
     return busy / (reached - spans[0][0])
+
+
+def run_http(model: Path, num_requests: int, prompt_len: int, output_len: int, rate: float) -> dict[str, float]:
+    """All requests at once, then as many again at `rate` a second, over loopback, streamed."""
+    work = loads.Workload(num_requests, None, prompt_len, output_len)
+    word_ids = range(300, json.loads((model / "config.json").read_text())["vocab_size"])
+    bursts = [loads.draw_requests(word_ids, work, seed, rate) for seed in ("burst", "rate")]
+    bursts[0] = [replace(request, arrival=0.0) for request in bursts[0]]
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"--max-num-queued-tokens {2 * num_requests * prompt_len}"
+        server = engines.quire(model, torch.get_num_threads(), Path(folder), flags)
+        server.begin(list(word_ids))
+        try:
+            at_once, at_rate = (server.send(requests, None).figures for requests in bursts)
+        finally:
+            server.end()
+    return {
+        "requests_per_s": at_once.requests_per_s,
+        "failed": float(at_once.failed + at_rate.failed),
+        "ttft_p50_ms": at_rate.ttft_p50_ms or 0.0,
+        "tpot_p50_ms": at_rate.tpot_p50_ms or 0.0,
+    }
 
 
 def run_transformers(model: Path, work: Workload) -> dict[str, float]:
