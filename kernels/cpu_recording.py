@@ -265,7 +265,7 @@ def _futex(builder: Builder, kinds: Kinds, syscall: Value, pointer: Value, opera
 
 @numba.njit
 def _prepare_from(parameters, index):  # type: ignore[no-untyped-def]
-    """Make kernel `index` ready or, if its `prepare` takes all tickets, the first behind it that has work; which one."""
+    """Make kernel `index` ready or, if its `prepare` leaves no work, the first behind it that has some; which one."""
     while index < parameters[_NUM_KERNELS]:
         kernel = move(int64_pointer(parameters[_KERNELS]), 3 * index)
         ticket = int64_pointer(kernel[2])
