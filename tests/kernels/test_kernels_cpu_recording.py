@@ -6,12 +6,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from quire.kernels.cpu_elements import int64_pointer, take
 from quire.kernels.cpu_recording import Arena, NotRecordableError, record
 from quire.kernels.cpu_sized_recording import Sizes, Step, record_for_sizes
+from quire.kernels.cpu_workers import Worker
 from quire.kernels.linear import PackedWeight, linear, pack
 from quire.kernels.paged_decode import paged_decode
 from quire.kernels.rms_norm import rms_norm
@@ -100,6 +104,40 @@ def test_profile_names_every_kernel() -> None:
         "linear.multiply",
         "rms_norm.normalise",
     ]
+
+
+def _prepare_counting(shared: Any) -> None:
+    parameters = int64_pointer(shared)
+    if parameters[1] == 0:
+        parameters[0] = 1
+
+
+def _count(shared: Any) -> None:
+    """Adds to a shared count, once in each run."""
+    parameters = int64_pointer(shared)
+    if take(parameters) == 0:
+        count = int64_pointer(parameters[2])
+        count[0] = 2 * count[0] + parameters[1]
+
+
+def test_kernels_without_work_are_passed_over() -> None:
+    """Wherever they stand, and however many threads replay; the others run once, in their order."""
+    worker, count = Worker(_count, _prepare_counting), torch.zeros(1, dtype=torch.int64)
+    for works in ([0], [0, 0, 1], [1, 0, 0], [1, 0, 1, 0, 0, 1, 1], [0, 1, 0, 1, 0], [1, 1, 1]):
+        with record(Arena()) as recording:
+            for work in works:
+                worker.run(torch.float32, np.array([0, work, count.data_ptr()], np.int64), 5)
+        for num_threads in (1, 5, 2, 1, 3):
+            count.zero_()
+            recording.replay(num_threads)
+            assert count.item() == 2 ** sum(works) - 1
+        count.zero_()
+        assert len(recording.profile(2)) == len(works)
+        assert count.item() == 2 ** sum(works) - 1
+    count.zero_()
+    for work in (1, 0, 1):
+        worker.run(torch.float32, np.array([0, work, count.data_ptr()], np.int64), 2)
+    assert count.item() == 3
 
 
 def test_fewer_threads_than_asked_for_still_finish() -> None:
