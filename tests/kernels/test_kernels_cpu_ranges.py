@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numba
 import numpy as np
 import pytest
+import torch
 
-from quire.kernels.cpu_elements import int64_pointer
+from quire.kernels.cpu_elements import int64_pointer, move, take
 from quire.kernels.cpu_ranges import enter_ranges, open_ranges, state_bytes, take_unit
+from quire.kernels.cpu_workers import Worker
 
 
 @numba.njit
@@ -59,3 +62,30 @@ def test_whoever_is_done_helps() -> None:
     _open(state.ctypes.data, 2)
     assert _take(state.ctypes.data, 2, 1, 4) == 2
     assert [_take(state.ctypes.data, 2, 0, 4) for _ in range(4)] == [0, 1, 3, 4]
+
+
+def _open_all(shared: Any) -> None:
+    parameters = int64_pointer(shared)
+    open_ranges(int64_pointer(parameters[1]), 2)
+
+
+def _count_units(shared: Any) -> None:
+    parameters = int64_pointer(shared)
+    state, counts, num_units = int64_pointer(parameters[1]), int64_pointer(parameters[2]), parameters[3]
+    thread = enter_ranges(state)
+    unit = take_unit(state, 2, thread, num_units)
+    while unit < num_units:
+        take(move(counts, unit))
+        unit = take_unit(state, 2, thread, num_units)
+
+
+def test_threads_that_race_for_the_last_units() -> None:
+    num_units, num_runs = 3, 20_000
+    state, counts = np.zeros(state_bytes(2) // 8, np.int64), np.zeros(num_units + 1, np.int64)
+    worker = Worker(_count_units, _open_all)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    for _ in range(num_runs):
+        worker.run(torch.float32, np.array([0, state.ctypes.data, counts.ctypes.data, num_units], np.int64), 2)
+    torch.set_num_threads(before)
+    assert counts.tolist() == [num_runs] * num_units + [0]

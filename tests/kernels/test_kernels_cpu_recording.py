@@ -113,31 +113,32 @@ def _prepare_counting(shared: Any) -> None:
 
 
 def _count(shared: Any) -> None:
-    """Adds to a shared count, once in each run."""
+    """Which threads enter is counted, and what one of them does once."""
     parameters = int64_pointer(shared)
+    counts = int64_pointer(parameters[2])
+    take(counts)
     if take(parameters) == 0:
-        count = int64_pointer(parameters[2])
-        count[0] = 2 * count[0] + parameters[1]
+        counts[1] = 2 * counts[1] + 1
 
 
 def test_kernels_without_work_are_passed_over() -> None:
     """Wherever they stand, and however many threads replay; the others run once, in their order."""
-    worker, count = Worker(_count, _prepare_counting), torch.zeros(1, dtype=torch.int64)
+    worker, counts = Worker(_count, _prepare_counting), torch.zeros(2, dtype=torch.int64)
     for works in ([0], [0, 0, 1], [1, 0, 0], [1, 0, 1, 0, 0, 1, 1], [0, 1, 0, 1, 0], [1, 1, 1]):
         with record(Arena()) as recording:
             for work in works:
-                worker.run(torch.float32, np.array([0, work, count.data_ptr()], np.int64), 5)
+                worker.run(torch.float32, np.array([0, work, counts.data_ptr()], np.int64), 5)
         for num_threads in (1, 5, 2, 1, 3):
-            count.zero_()
+            counts.zero_()
             recording.replay(num_threads)
-            assert count.item() == 2 ** sum(works) - 1
-        count.zero_()
+            assert counts.tolist() == [num_threads * sum(works), 2 ** sum(works) - 1]
+        counts.zero_()
         assert len(recording.profile(2)) == len(works)
-        assert count.item() == 2 ** sum(works) - 1
-    count.zero_()
+        assert counts.tolist() == [2 * sum(works), 2 ** sum(works) - 1]
+    counts.zero_()
     for work in (1, 0, 1):
-        worker.run(torch.float32, np.array([0, work, count.data_ptr()], np.int64), 2)
-    assert count.item() == 3
+        worker.run(torch.float32, np.array([0, work, counts.data_ptr()], np.int64), 2)
+    assert counts[1] == 3
 
 
 def test_fewer_threads_than_asked_for_still_finish() -> None:
