@@ -97,7 +97,8 @@ class Worker:
 
     `parameters` is an int64 array, shown to the body as a pointer to elements of the dtype: the body is compiled once
     for each dtype, at its first use. The first parameter is zero when the threads enter: the ticket of the next unit
-    of work. `prepare(parameters)` is run before that by one thread alone. Neither must raise.
+    of work. `prepare(parameters)` is run before that by one thread alone; if it leaves another ticket, all units are
+    taken, and a recording passes the kernel over. Neither must raise.
 
     Parameters are used again when a recording is replayed: whatever changes while the body runs, or follows from
     values that tensors hold, is for `prepare` to set.

@@ -1,4 +1,4 @@
-"""Linear layers on the CPU: threads take panels of packed weights, and blocks of rows, one after another."""
+"""Linear layers on the CPU: each thread takes panels of packed weights, and blocks of rows, one after another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from quire.kernels.cpu_activation import CODES, NO_ACTIVATION
 from quire.kernels.cpu_elements import int64_pointer, move, pointer_to, take
 from quire.kernels.cpu_epilogue import finish_row
 from quire.kernels.cpu_matrix import AHEAD_STEP, MAX_ROWS, PANEL, PASSES_AHEAD, multiply_panel, new_tile
-from quire.kernels.cpu_workers import Worker, new_tensor
+from quire.kernels.cpu_ranges import enter_ranges, open_ranges, state_bytes, take_unit
+from quire.kernels.cpu_workers import Worker, new_tensor, scratch
 
 if TYPE_CHECKING:
     from quire.kernels.linear import Activation, PackedWeight
@@ -21,7 +22,7 @@ _MIN_PRODUCTS = 65536  # multiplications that are worth a second thread
 
 # A call's parameters: their places in the int64 array that its threads share. Strides are in elements.
 (
-    TICKET,  # the next unit of work
+    TICKET,
     X,
     X_STRIDE,
     WEIGHT,
@@ -35,7 +36,14 @@ _MIN_PRODUCTS = 65536  # multiplications that are worth a second thread
     PANEL_STRIDE,
     ACTIVATION,
     GATED,
-) = range(14)
+    NUM_RANGES,
+    RANGES,
+) = range(16)
+
+
+def _prepare(shared: Any) -> None:
+    parameters = int64_pointer(shared)
+    open_ranges(int64_pointer(parameters[RANGES]), parameters[NUM_RANGES])
 
 
 def _multiply(shared: Any) -> None:
@@ -47,9 +55,11 @@ def _multiply(shared: Any) -> None:
     tile = new_tile()
     num_blocks = -(-num_rows // _ROWS_PER_UNIT)
     num_units = parameters[NUM_PANELS] * num_blocks
-    unit = take(parameters)
+    ranges, num_ranges = int64_pointer(parameters[RANGES]), parameters[NUM_RANGES]
+    thread = enter_ranges(ranges)
+    unit = take_unit(ranges, num_ranges, thread, num_units)
     while unit < num_units:
-        following = take(parameters)
+        following = take_unit(ranges, num_ranges, thread, num_units)
         panel, block = divmod(unit, num_blocks)
         first_feature = panel * features_per_panel
         width = min(features_per_panel, out_features - first_feature)
@@ -82,7 +92,7 @@ def _multiply(shared: Any) -> None:
         unit = following
 
 
-WORKER = Worker(_multiply)
+WORKER = Worker(_multiply, _prepare)
 
 
 def linear(
@@ -94,17 +104,18 @@ def linear(
 ) -> torch.Tensor:
     num_rows, depth = x.shape
     out = new_tensor((num_rows, weight.out_features), out_dtype)
-    num_panels = weight.data.shape[0]
+    num_panels, num_threads = weight.data.shape[0], torch.get_num_threads()
     parameters = np.array(
         [
             *(0, x.data_ptr(), x.stride(0), weight.data.data_ptr(), 0 if bias is None else bias.data_ptr()),
             *(out.data_ptr(), out_dtype == torch.float32 != x.dtype, num_rows, depth, weight.out_features, num_panels),
             *(weight.data.stride(0), NO_ACTIVATION if activation is None else CODES[activation], weight.gated),
+            *(num_threads, scratch(state_bytes(num_threads))),
         ],
         np.int64,
     )
     is_small = num_rows * num_panels * PANEL * depth < _MIN_PRODUCTS
-    WORKER.run(x.dtype, parameters, 1 if is_small else torch.get_num_threads())
+    WORKER.run(x.dtype, parameters, 1 if is_small else num_threads)
     return out
 
 
