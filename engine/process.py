@@ -34,6 +34,7 @@ from quire.engine.messages import (
 )
 from quire.engine.resident_memory import return_unused_memory
 from quire.engine.wire import MAX_FRAME_BYTES, ConnectionClosedError, EngineChannel, WireError
+from quire.kernels.cpu_compiler import compiled_elsewhere
 from quire.sampling_params import InvalidParameterError
 from quire.scheduler.output import SchedulerStats, StepOutput
 from quire.scheduler.request import AdmissionError, Request
@@ -74,7 +75,8 @@ def load_engine(config: EngineConfig, progress: Progress) -> StepEngine:
     try:
         from quire.engine.engine import Engine
 
-        return Engine(config, progress)
+        with compiled_elsewhere():
+            return Engine(config, progress)
     finally:
         gc.freeze()  # and would make every full collection a pause of a tenth of a second
         gc.enable()
