@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import faulthandler
 import gc
 import logging
@@ -34,7 +32,9 @@ from quire.engine.messages import (
     StepResult,
     ToEngine,
 )
+from quire.engine.resident_memory import return_unused_memory
 from quire.engine.wire import MAX_FRAME_BYTES, ConnectionClosedError, EngineChannel, WireError
+from quire.kernels.cpu_compiler import compiled_elsewhere
 from quire.sampling_params import InvalidParameterError
 from quire.scheduler.output import SchedulerStats, StepOutput
 from quire.scheduler.request import AdmissionError, Request
@@ -75,17 +75,12 @@ def load_engine(config: EngineConfig, progress: Progress) -> StepEngine:
     try:
         from quire.engine.engine import Engine
 
-        return Engine(config, progress)
+        with compiled_elsewhere():
+            return Engine(config, progress)
     finally:
         gc.freeze()  # and would make every full collection a pause of a tenth of a second
         gc.enable()
-        _return_freed_memory()
-
-
-def _return_freed_memory() -> None:
-    """Give the system back what the start used for a moment. The allocator of GNU's C library keeps it otherwise."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+        return_unused_memory()
 
 
 def serve(fd: int, make_engine: MakeEngine = load_engine) -> ExitCode:

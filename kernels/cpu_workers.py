@@ -26,6 +26,7 @@ import torch
 from llvmlite import ir
 from numba import types
 
+from quire.kernels.cpu_compiler import ELSEWHERE
 from quire.kernels.cpu_elements import BFLOAT16, FLOAT16, FLOAT32, Builder, Kinds, Value, emitted, nothing
 
 log = logging.getLogger(__name__)
@@ -138,15 +139,22 @@ def compiled_function(function: Callable[[Any], None], dtype: torch.dtype) -> An
     signature = types.void(types.CPointer(_ELEMENTS[dtype]))
     options = {"nopython": True, "error_model": "numpy"}
     begin = time.perf_counter()
+    name = str(dtype).removeprefix("torch.")
+    directory = _writable_cache_directory()
+    mark = Path(directory) / f"{function.__module__}.{function.__qualname__}.{name}" if directory else None
+    was_compiled = mark is not None and mark.exists()
+    if mark is not None and not was_compiled and ELSEWHERE.compiler is not None:
+        ELSEWHERE.compiler.compile(function, name)
     try:
         with _cache_directory() as usable:
             compiled = numba.cfunc(signature, cache=usable, **options)(function)
+        if mark is not None and not was_compiled:
+            mark.touch()
     except OSError:  # the disk is full, or the directory went away: only the next start pays for it
         compiled = numba.cfunc(signature, **options)(function)
-    if not compiled.cache_hits:
+    if not was_compiled or not compiled.cache_hits:
         operation = function.__module__.removeprefix("quire.kernels.").removesuffix(".cpu")
-        seconds = time.perf_counter() - begin
-        log.info("Compiled %s for %s in %.1f s.", operation, str(dtype).removeprefix("torch."), seconds)
+        log.info("Compiled %s for %s in %.1f s.", operation, name, time.perf_counter() - begin)
     return compiled
 
 
