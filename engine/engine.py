@@ -36,7 +36,7 @@ from quire.grammar import Grammar, GrammarError
 from quire.models.config import ModelConfig
 from quire.models.loading import load_model
 from quire.sampling_params import InvalidParameterError, SamplingParams
-from quire.scheduler.output import SchedulerStats, StepOutput
+from quire.scheduler.output import SchedulerStats, StepOutputs
 from quire.scheduler.request import AdmissionError, Request
 from quire.scheduler.scheduler import Scheduler
 
@@ -146,13 +146,13 @@ class Engine:
         progress("kernels", 1, 1)
 
     @torch.inference_mode()
-    def step(self) -> list[StepOutput]:
+    def step(self) -> StepOutputs:
         """Compute one batch; what it brought to each request, empty when there is nothing to do."""
         started = time.perf_counter()
         batch = self._scheduler.schedule()
         self.started = [] if batch is None else batch.started
         if batch is None:
-            return []
+            return StepOutputs()
         inputs = self._inputs.build(batch)
         self._kv.copy_blocks(batch.block_copies)
         output = self._runner.run(inputs, batch.num_sampled_rows)
