@@ -14,7 +14,7 @@ from typing import Any, Final
 import h11
 import uvicorn
 from starlette.types import Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 from quire.server.errors import ApiError
@@ -59,28 +59,20 @@ class PartWriter:
     """Writes parts of one running answer at once, past ASGI and h11.
 
     Good for chunked answers only: those without a Content-Length to a request of HTTP/1.1. Their framing has no state,
-    so h11 need not know of the parts; head and end go through it.
+    so h11 need not know of the parts; head and end go through it, and to write between them only is the caller's part.
     """
 
-    __slots__ = ("_conn", "_cycle", "_flow", "_transport")
+    __slots__ = ("_transport",)
 
-    def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
-        self._conn = cycle.conn
-        self._flow = cycle.flow
-        self._transport = cycle.transport
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
 
     def ready(self) -> bool:
-        """Whether the answer has begun, nothing waits for the client to read, and the client is there."""
-        return (
-            self._conn.our_state is h11.SEND_BODY
-            and not self._flow.write_paused
-            and not self._cycle.disconnected
-            and not self._transport.is_closing()
-        )
+        """Whether the client is there and has left nothing to be sent before."""
+        return not self._transport.is_closing() and not self._transport.get_write_buffer_size()
 
     def write(self, data: bytes) -> None:
-        """Only when ready. data: not empty, for an empty chunk is the end of an answer."""
+        """data: not empty, for an empty chunk is the end of an answer."""
         self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
@@ -106,7 +98,7 @@ class QuireProtocol(H11Protocol):
         async def with_abort(scope: Any, receive: Any, send: Any) -> None:
             scope["extensions"] = {"quire.abort": self.transport.abort}
             if scope["http_version"] == "1.1" and self.cycle is not None:
-                scope["extensions"]["quire.parts"] = PartWriter(self.cycle)
+                scope["extensions"]["quire.parts"] = PartWriter(self.transport)
             await inner(scope, receive, send)
 
         self.app = with_abort

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from quire.server.log_probs import LogProbs
 from quire.server.metrics import Metrics
 from quire.server.prompts import PromptJob
-from quire.server.responses import Usage, usage
+from quire.server.responses import ChunkTemplate, Usage, usage
 
 if TYPE_CHECKING:
     from quire.engine.text_delta import TextDelta
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 class ChoiceTally:
     index: int
     """In the answer."""
+    template: ChunkTemplate | None = None
+    """Of a stream's events that tell this choice's text and nothing else."""
     num_tokens: int = 0
     num_cached_tokens: int = 0
     started_at: float = 0.0
@@ -35,6 +37,17 @@ class ChoiceTally:
 
 class Tally:
     """Of all choices of all prompts, keyed by the index that the answer gives them."""
+
+    __slots__ = (
+        "_jobs",
+        "_metrics",
+        "_n",
+        "_num_discarded_tokens",
+        "_num_unfinished",
+        "begin",
+        "choices",
+        "last_progress",
+    )
 
     def __init__(self, jobs: list[PromptJob], n: int, metrics: Metrics) -> None:
         self._jobs = jobs
