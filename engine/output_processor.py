@@ -184,7 +184,8 @@ class ChoiceState:
     def _advance_text(self, output: StepOutput) -> TextDelta:
         """What nearly every step brings: text that is shown as it is, and no end."""
         token_ids = output.token_ids
-        text = "".join(map(self._detokenizer.push, token_ids))
+        push = self._detokenizer.push
+        text = push(token_ids[0]) if len(token_ids) == 1 else "".join(map(push, token_ids))
         self._num_characters += len(text)
         self._num_output_tokens += len(token_ids)
         delta = TextDelta(

@@ -144,7 +144,10 @@ class Run:
         stream = self._stream
         if stream is None or not stream.ready() or not self._is_middle(deltas):
             return False
-        stream.write_part(b"".join([self._event(self._job, delta) for delta in deltas]))
+        events = b""
+        for delta in deltas:
+            events += self._event(self._job, delta)
+        stream.write_part(events)
         return True
 
     def _is_middle(self, deltas: list[TextDelta]) -> bool:

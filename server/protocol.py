@@ -40,6 +40,7 @@ class ServerConfig(uvicorn.Config):
             h11_max_incomplete_event_size=limits.max_header_bytes,
         )
         self.limits = limits
+        self.part_batch = PartBatch()
 
 
 class _Connection(h11.Connection):
@@ -55,25 +56,57 @@ class _Connection(h11.Connection):
             raise
 
 
-class PartWriter:
-    """Writes parts of one running answer at once, past ASGI and h11.
+class PartBatch:
+    """Parts of many answers, sent together behind the callback that wrote them.
 
-    Good for chunked answers only: those without a Content-Length to a request of HTTP/1.1. Their framing has no state,
-    so h11 need not know of the parts; head and end go through it, and to write between them only is the caller's part.
+    A send in between would have kernel and interpreter push each other out of the processor's caches; one after the
+    other they cost less.
     """
 
-    __slots__ = ("_transport",)
+    def __init__(self) -> None:
+        self._writers: list[PartWriter] = []
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    def add(self, writer: PartWriter) -> None:
+        if not self._writers:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._writers.append(writer)
+
+    def _flush(self) -> None:
+        writers, self._writers = self._writers, []
+        for writer in writers:
+            writer.flush()
+
+
+class PartWriter:
+    """Writes parts of one running answer, past tasks, ASGI and h11.
+
+    Good for chunked answers only: those without a Content-Length to a request of HTTP/1.1. Their framing has no state,
+    so h11 need not know of the parts; head and end go through it. The caller writes between those two only, and calls
+    `flush` before anything else is written on the connection.
+    """
+
+    __slots__ = ("_batch", "_transport", "_unsent")
+
+    def __init__(self, transport: asyncio.Transport, batch: PartBatch) -> None:
         self._transport = transport
+        self._batch = batch
+        self._unsent = b""
 
     def ready(self) -> bool:
-        """Whether the client is there and has left nothing to be sent before."""
-        return not self._transport.is_closing() and not self._transport.get_write_buffer_size()
+        """Whether the client is there and nothing waits to be sent before."""
+        transport = self._transport
+        return not (self._unsent or transport.is_closing() or transport.get_write_buffer_size())
 
     def write(self, data: bytes) -> None:
-        """data: not empty, for an empty chunk is the end of an answer."""
-        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        """Only when ready. data: not empty, for an empty chunk is the end of an answer."""
+        self._unsent = b"%x\r\n%b\r\n" % (len(data), data)
+        self._batch.add(self)
+
+    def flush(self) -> None:
+        """Send what is written, now; to a client that is gone nothing is sent."""
+        unsent, self._unsent = self._unsent, b""
+        if unsent and not self._transport.is_closing():
+            self._transport.write(unsent)
 
 
 class QuireProtocol(H11Protocol):
@@ -98,7 +131,7 @@ class QuireProtocol(H11Protocol):
         async def with_abort(scope: Any, receive: Any, send: Any) -> None:
             scope["extensions"] = {"quire.abort": self.transport.abort}
             if scope["http_version"] == "1.1" and self.cycle is not None:
-                scope["extensions"]["quire.parts"] = PartWriter(self.transport)
+                scope["extensions"]["quire.parts"] = PartWriter(self.transport, config.part_batch)
             await inner(scope, receive, send)
 
         self.app = with_abort

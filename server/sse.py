@@ -65,7 +65,7 @@ class EventStream:
         return self._between_writes and self._parts is not None and self._parts.ready()
 
     def write_part(self, data: bytes) -> None:
-        """Write at once; only when ready."""
+        """Write in this turn of the event loop; only when ready."""
         if self._parts is None or not data:
             raise RuntimeError("There is nothing to write, or nothing to write to.")
         self.last_write = time.monotonic()
@@ -74,6 +74,8 @@ class EventStream:
     async def write(self, data: bytes, *, end: bool = False) -> None:
         """Write, or wait until the client has read enough; if cancelled while it waits, nothing was written."""
         async with self._lock:
+            if self._parts is not None:
+                self._parts.flush()
             self.last_write = self.blocked_since = time.monotonic()
             self._between_writes = False
             try:

@@ -63,10 +63,16 @@ class Tally:
 
     def add(self, job: PromptJob, delta: TextDelta) -> ChoiceTally:
         """Account for one delta; its text and token ids are kept by whoever needs them."""
-        choice = self.choices[self.index(job, delta.choice_index)]
+        choice = self.choices[delta.choice_index + job.prompt_index * self._n]
         now = self.last_progress = time.monotonic()
-        if delta.num_output_tokens > choice.num_tokens:
-            self._observe_tokens(job, delta, choice, now)
+        num_new_tokens = delta.num_output_tokens - choice.num_tokens
+        if num_new_tokens > 0:
+            if choice.num_tokens:
+                self._metrics.inter_token_latency.observe(now - choice.last_token_at)
+            else:
+                self._observe_first_token(job, delta, choice, now)
+            self._metrics.generation_tokens.inc(num_new_tokens)
+            choice.last_token_at = now
         elif not delta.num_output_tokens and delta.choice_index == 0 and delta.started_at is not None:
             self._observe_prompt(job, delta)
         choice.num_tokens = delta.num_output_tokens
@@ -110,20 +116,15 @@ class Tally:
             if not choice.finished:
                 self._metrics.finished("abort")
 
-    def _observe_tokens(self, job: PromptJob, delta: TextDelta, choice: ChoiceTally, now: float) -> None:
+    def _observe_first_token(self, job: PromptJob, delta: TextDelta, choice: ChoiceTally, now: float) -> None:
         metrics = self._metrics
-        if choice.num_tokens:
-            metrics.inter_token_latency.observe(now - choice.last_token_at)
-        else:
-            choice.first_token_at = now
-            choice.started_at = now if delta.started_at is None else delta.started_at
-            metrics.time_to_first_token.observe(now - self.begin)
-            metrics.queue_time.observe(max(0.0, choice.started_at - self.begin))
-            metrics.prefill_time.observe(now - choice.started_at)
-            if delta.choice_index == 0:
-                self._observe_prompt(job, delta)
-        metrics.generation_tokens.inc(delta.num_output_tokens - choice.num_tokens)
-        choice.last_token_at = now
+        choice.first_token_at = now
+        choice.started_at = now if delta.started_at is None else delta.started_at
+        metrics.time_to_first_token.observe(now - self.begin)
+        metrics.queue_time.observe(max(0.0, choice.started_at - self.begin))
+        metrics.prefill_time.observe(now - choice.started_at)
+        if delta.choice_index == 0:
+            self._observe_prompt(job, delta)
 
     def _observe_prompt(self, job: PromptJob, delta: TextDelta) -> None:
         self._metrics.prompt_tokens.inc(len(job.token_ids))
