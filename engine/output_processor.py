@@ -74,8 +74,8 @@ class RequestState:
 
     __slots__ = (
         "_best_of",
-        "_kept",
         "_keeps_nothing",
+        "_kept",
         "_prompt_log_probs",
         "_waits_for_prompt",
         "choices",

@@ -152,12 +152,10 @@ class Run:
 
     def _is_middle(self, deltas: list[TextDelta]) -> bool:
         """Whether these are neither a choice's last nor the first, with which the prompt's log-probabilities come."""
-        if not self._has_deltas or not deltas:
-            return False
         for delta in deltas:
             if delta.finish_reason is not None:
                 return False
-        return True
+        return self._has_deltas and bool(deltas)
 
     async def stream(self, stream: EventStream) -> None:
         """One event per choice and step, one write per step; the last write holds the end."""

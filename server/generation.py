@@ -67,9 +67,7 @@ async def _one(
 ) -> AsyncGenerator[DeltaBatch, None]:
     # Ids that clients choose may repeat; the engine's own never do.
     request_id = secrets.token_hex(16)
-    deltas = client.generate(
-        request_id, job.token_ids, job.params, priority=priority, cache_salt=cache_salt, sink=sink
-    )
+    deltas = client.generate(request_id, job.token_ids, job.params, priority=priority, cache_salt=cache_salt, sink=sink)
     async with aclosing(deltas):
         async for step in deltas:
             yield [(job, delta) for delta in step]
