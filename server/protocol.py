@@ -21,6 +21,8 @@ from quire.server.errors import ApiError
 from quire.server.settings import Limits
 
 _LINGER_SECONDS: Final = 1.0
+_MAX_WAITING_BYTES: Final = 64 * 1024
+"""What a connection keeps of an answer before its writer waits: where asyncio's transports ask for a pause."""
 
 
 class ServerConfig(uvicorn.Config):
@@ -93,14 +95,16 @@ class PartWriter:
         self._unsent = b""
 
     def ready(self) -> bool:
-        """Whether the client is there and nothing waits to be sent before."""
+        """Whether the client is there and has not left much unread."""
         transport = self._transport
-        return not (self._unsent or transport.is_closing() or transport.get_write_buffer_size())
+        num_waiting = len(self._unsent) + transport.get_write_buffer_size()
+        return num_waiting <= _MAX_WAITING_BYTES and not transport.is_closing()
 
     def write(self, data: bytes) -> None:
         """Only when ready. data: not empty, for an empty chunk is the end of an answer."""
-        self._unsent = b"%x\r\n%b\r\n" % (len(data), data)
-        self._batch.add(self)
+        if not self._unsent:
+            self._batch.add(self)
+        self._unsent += b"%x\r\n%b\r\n" % (len(data), data)
 
     def flush(self) -> None:
         """Send what is written, now; to a client that is gone nothing is sent."""
