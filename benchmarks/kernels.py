@@ -23,11 +23,13 @@ from measuring.report import write_json
 from torch.nn.functional import scaled_dot_product_attention
 
 from quire.kernels.backend import Backend
+from quire.kernels.gated_activation import gated_activation
 from quire.kernels.kv_write import kv_write
 from quire.kernels.paged_decode import paged_decode
 from quire.kernels.paged_prefill import paged_prefill
 from quire.kernels.rms_norm import rms_norm
 from quire.kernels.rope import rope
+from quire.kernels.rope_kv_write import rope_kv_write
 
 BLOCK_SIZE = 16
 EPS = 1e-6
@@ -159,7 +161,7 @@ def attention_case(
 
 
 def small_cases(model: Model, num_tokens: int, dtype: torch.dtype, device: torch.device) -> list[Case]:
-    """Norm with residual, rotation and cache write of one layer."""
+    """Norm with residual, rotation and cache write of one layer, the last two (with norms of heads) also in one."""
     heads, kv_heads, head_dim = model.num_heads, model.num_kv_heads, model.head_dim
     hidden = torch.randn((NUM_COPIES, 2, num_tokens, heads * head_dim), dtype=dtype, device=device)
     qkv = torch.randn((NUM_COPIES, num_tokens, heads + 2 * kv_heads, head_dim), dtype=dtype, device=device)
@@ -189,10 +191,23 @@ def small_cases(model: Model, num_tokens: int, dtype: torch.dtype, device: torch
 
         return run
 
+    def fused(backend: Backend) -> Run:
+        def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            norms = (weight[:head_dim], weight[:head_dim], EPS)
+            rope_kv_write(query, key, value, positions, table, *cache, slots, *norms, backend=backend)
+            return query
+
+        return run
+
+    def gate(backend: Backend) -> Run:
+        return lambda x: gated_activation(x, "silu", backend=backend)
+
     operations = [
         ("norm", norm, 4 * num_tokens * heads * head_dim, [(x, residual) for x, residual in hidden]),
         ("rope", rotation, 2 * num_tokens * (heads + kv_heads) * head_dim, [(q, k) for q, k, _ in projections]),
         ("kv_write", write, 4 * num_tokens * kv_heads * head_dim, [(k, v) for _, k, v in projections]),
+        ("rope_kv_write", fused, 2 * num_tokens * (heads + 2 * kv_heads) * head_dim, projections),
+        ("gated_activation", gate, 3 * num_tokens * heads * head_dim, [(x.view(num_tokens, -1),) for x in hidden]),
     ]
     return [
         Case(f"{name} {num_tokens} tokens", make("auto"), make("reference"), inputs, elements * dtype.itemsize)

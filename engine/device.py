@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from quire.config import ConfigError, EngineConfig, Quantization
+from quire.kernels.fp8_linear import code_dtype
 from quire.kernels.quantized_linear import is_fast_here
+from quire.models.fp8_checkpoint import Fp8Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,9 @@ def choose_quantization(config: EngineConfig, device: torch.device) -> Quantizat
     """As it was asked for; says in one line when this processor is not made for it."""
     if config.quantization is None:
         return None
+    if config.quantization == "fp8":
+        require_fp8_products(device)
+        return config.quantization
     if device.type != "cpu":
         raise ConfigError(
             f"--quantization {config.quantization} is for CPUs; on a GPU leave it out, or add --device cpu."
@@ -56,6 +61,32 @@ def choose_quantization(config: EngineConfig, device: torch.device) -> Quantizat
             config.quantization,
         )
     return config.quantization
+
+
+def require_fp8_products(device: torch.device) -> None:
+    if device.type == "cpu":
+        raise ConfigError("--quantization fp8 is for GPUs; on a CPU use --quantization int8.")
+    if code_dtype(device) is None:
+        raise ConfigError(
+            "--quantization fp8: this GPU has no products of fp8, which NVIDIA's have from compute capability 8.9 on "
+            "(L4, H100) and AMD's from MI300 on; leave it out."
+        )
+
+
+def keeps_fp8_weights(
+    config: EngineConfig, checkpoint: Fp8Checkpoint | None, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether weights that are stored in fp8 are computed with as they are; says in one line why not."""
+    if checkpoint is None:
+        return False
+    if device.type == "cpu" or code_dtype(device) is None:
+        why = f"this {'CPU' if device.type == 'cpu' else 'GPU'} has no products of fp8"
+    elif checkpoint.block is not None:
+        why = "their scales are of blocks" + ("" if config.quantization else "; --quantization fp8 rounds them again")
+    else:
+        return True
+    log.warning("the weights are stored in fp8 and are read as %s: %s.", dtype_name(dtype), why)
+    return False
 
 
 def cpu_has_bfloat16() -> bool:

@@ -20,6 +20,7 @@ from quire.engine.device import (
     choose_quantization,
     choose_step_budget,
     dtype_name,
+    keeps_fp8_weights,
 )
 from quire.engine.grammar.factory import GrammarFactory
 from quire.engine.inputs import InputBuilder
@@ -67,6 +68,8 @@ class Engine:
         directory = Path(config.model)
         model_config = ModelConfig.from_hf(directory)
         dtype = choose_dtype(config, model_config.checkpoint_dtype, device)
+        quantization = choose_quantization(config, device)
+        keeps_fp8 = keeps_fp8_weights(config, model_config.fp8, dtype, device)
         with ThreadPoolExecutor(1, thread_name_prefix="quire-kernels") as background:
             kernels = background.submit(load_cpu_kernels) if device.type == "cpu" else None
             self._model = load_model(
@@ -75,11 +78,13 @@ class Engine:
                 dtype=dtype,
                 device=device,
                 max_model_len=config.max_model_len,
-                quantization=choose_quantization(config, device),
+                quantization=quantization,
+                keeps_fp8=keeps_fp8,
                 progress=lambda done, total: progress("weights", done, total),
             )
         if kernels is not None:
             kernels.result()
+        quantization = "fp8" if keeps_fp8 else quantization
         max_num_seqs = config.max_num_seqs or DEFAULT_MAX_NUM_SEQS[device.type]
         step_budget = choose_step_budget(config, device, max_num_seqs)
         budget = plan_memory(
@@ -88,6 +93,7 @@ class Engine:
             weight_bytes=self._model.weight_bytes,
             dtype=dtype,
             device=device,
+            quantization=quantization,
             max_num_seqs=max_num_seqs,
             step_budget=step_budget,
         )
@@ -114,7 +120,7 @@ class Engine:
                 policy=config.scheduling_policy,
                 sliding_window=model_config.uniform_window,
                 speculative_config=config.speculative_config,
-                cache_namespace=f"{config.model}|{dtype}|{kv_dtype}|{config.quantization}|{secrets.token_hex(16)}",
+                cache_namespace=f"{config.model}|{dtype}|{kv_dtype}|{quantization}|{secrets.token_hex(16)}",
             )
         )
         self._scheduler.prompts.max_num_tokens = choose_prompt_budget(config, device)
@@ -137,7 +143,7 @@ class Engine:
             enable_prefix_caching=config.enable_prefix_caching,
             max_logprobs=max_logprobs,
             memory_budget=budget.lines,
-            quantization=config.quantization,
+            quantization=quantization,
         )
         progress("kernels", 0, 1)
         with torch.inference_mode():

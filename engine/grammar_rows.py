@@ -9,6 +9,7 @@ import torch
 
 from quire.engine.grammar.factory import GrammarFactory
 from quire.engine.grammar.matcher import GrammarMatcher
+from quire.engine.host_values import to_device
 from quire.engine.sampling_options import SampleRow
 from quire.kernels.token_bitmask import apply_token_bitmask
 from quire.scheduler.output import ErrorCode
@@ -52,8 +53,8 @@ class GrammarRows:
         bitmask = np.empty((len(rows), -(-logits.shape[-1] // 32)), np.int32)
         for place, row in enumerate(rows):
             self._fill(bitmask[place], row, step)
-        indices = torch.tensor([row.index for row in rows], device=logits.device)
-        apply_token_bitmask(logits, torch.from_numpy(bitmask).to(logits.device), indices)
+        indices = np.array([row.index for row in rows], np.int64)
+        apply_token_bitmask(logits, to_device(bitmask, logits.device), to_device(indices, logits.device))
         return step
 
     def _fill(self, bitmask_row: np.ndarray[tuple[int], np.dtype[np.int32]], row: SampleRow, step: GrammarStep) -> None:

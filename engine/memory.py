@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from quire.config import ConfigError, EngineConfig
+from quire.config import ConfigError, EngineConfig, Quantization
 from quire.engine.device import choose_kv_cache_dtype, dtype_name
 from quire.engine.kv_storage import bytes_per_block
 from quire.engine.log_prob_pages import log_prob_bytes_per_block
@@ -32,6 +32,7 @@ def plan_memory(
     weight_bytes: int,
     dtype: torch.dtype,
     device: torch.device,
+    quantization: Quantization | None,
     max_num_seqs: int,
     step_budget: int,
 ) -> MemoryBudget:
@@ -66,7 +67,7 @@ def plan_memory(
         )
     max_model_len = min(wanted_len, pool_tokens)
     lines = [
-        f"weights      {_mib(weight_bytes):>12}  {_weight_kind(config, dtype)} on {device.type}",
+        f"weights      {_mib(weight_bytes):>12}  {_weight_kind(quantization, dtype)} on {device.type}",
         f"activations  {_mib(activations):>12}  {step_budget} tokens a step, {max_num_seqs} requests",
         f"KV-cache     {_mib(num_blocks * kv_bytes):>12}  {num_blocks - 1} blocks of {config.block_size} = "
         f"{pool_tokens} tokens, {dtype_name(kv_dtype)}",
@@ -76,15 +77,17 @@ def plan_memory(
     return MemoryBudget(num_blocks, max_model_len, lines)
 
 
-def _weight_kind(config: EngineConfig, dtype: torch.dtype) -> str:
+def _weight_kind(quantization: Quantization | None, dtype: torch.dtype) -> str:
     name = dtype_name(dtype)
-    match config.quantization:
+    match quantization:
         case None:
             return name
         case "int8":
             return f"int8, computing in {name},"
         case "int4":
             return f"int4 (embedding and head int8), computing in {name},"
+        case "fp8":
+            return f"fp8 (embedding and head {name})"
 
 
 def _number_of_blocks(

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from quire.engine.host_values import to_device
 from quire.engine.sampling_options import SampleRow
 from quire.sampling_params import SamplingParams
 
@@ -89,4 +90,4 @@ def has_penalty(params: SamplingParams) -> bool:
 
 
 def _join(arrays: Sequence[npt.NDArray[np.generic]], logits: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(arrays)).to(logits.device)
+    return to_device(np.concatenate(arrays), logits.device)

@@ -8,11 +8,11 @@ breaks ties or on which options the neighbours use. Tokens that tie with the las
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from quire.engine.grammar.factory import GrammarFactory
 from quire.engine.grammar_rows import GrammarRows, GrammarStep
+from quire.engine.host_values import to_device
 from quire.engine.log_probs import token_log_probs
 from quire.engine.penalties import Penalties
 from quire.engine.sample_rows import sample_rows
@@ -32,9 +32,9 @@ def keep_typical(logits: torch.Tensor, options: SamplingOptions) -> None:
     chosen = np.flatnonzero((options.typical_p < 1.0) & (options.temperature > 0))
     if chosen.size == 0:
         return
-    rows = torch.from_numpy(chosen).to(logits.device)
+    rows = to_device(chosen, logits.device)
     temperature, typical_p = (
-        torch.from_numpy(values[chosen]).to(logits.device)[:, None]
+        to_device(values[chosen], logits.device)[:, None]
         for values in (options.temperature, options.typical_p.astype(np.float64))
     )
     log_probs = (logits[rows] / temperature).double().log_softmax(dim=-1)
@@ -60,18 +60,8 @@ def sample(logits: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
     if not options.temperature.any():
         return best
     keep_typical(logits, options)
-
-    def to_device(values: npt.NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(values).to(logits.device)
-
-    token_ids = draw(
-        logits,
-        to_device(options.temperature),
-        to_device(options.top_k),
-        to_device(options.top_p),
-        to_device(options.min_p),
-        to_device(options.uniform),
-    )
+    filters = (options.temperature, options.top_k, options.top_p, options.min_p, options.uniform)
+    token_ids = draw(logits, *(to_device(values, logits.device) for values in filters))
     return torch.where(best >= 0, token_ids, -1)
 
 
@@ -192,4 +182,4 @@ def failures(
 
 
 def _indices(rows: list[SampleRow], logits: torch.Tensor) -> torch.Tensor:
-    return torch.tensor([row.index for row in rows], device=logits.device)
+    return to_device(np.array([row.index for row in rows], np.int64), logits.device)

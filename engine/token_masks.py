@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
+from quire.engine.host_values import to_device
 from quire.engine.sampling_options import SampleRow
 
 
 def add_biases(logits: torch.Tensor, rows: list[SampleRow]) -> None:
+    indices: list[int] = []
+    token_ids: list[int] = []
+    biases: list[float] = []
     for row in rows:
-        if row.params.logit_bias:
-            token_ids = torch.tensor(list(row.params.logit_bias), device=logits.device)
-            biases = torch.tensor(list(row.params.logit_bias.values()), dtype=torch.float32, device=logits.device)
-            logits[row.index, token_ids] += biases
+        for token_id, bias in (row.params.logit_bias or {}).items():
+            indices.append(row.index)
+            token_ids.append(token_id)
+            biases.append(bias)
+    if indices:
+        logits[_at(indices, token_ids, logits)] += to_device(np.array(biases, np.float32), logits.device)
 
 
 def keep_allowed(logits: torch.Tensor, rows: list[SampleRow]) -> None:
     for row in rows:
         if row.params.allowed_token_ids is not None:
-            token_ids = torch.tensor(row.params.allowed_token_ids, device=logits.device)
+            token_ids = to_device(np.array(row.params.allowed_token_ids, np.int64), logits.device)
             kept = logits[row.index, token_ids]
             logits[row.index] = -torch.inf
             logits[row.index, token_ids] = kept
@@ -42,7 +49,13 @@ def ban_tokens(logits: torch.Tensor, rows: list[SampleRow], complete: set[int]) 
         token_ids += banned
         indices += [row.index] * len(banned)
     if indices:
-        logits[torch.tensor(indices, device=logits.device), torch.tensor(token_ids, device=logits.device)] = -torch.inf
+        logits[_at(indices, token_ids, logits)] = -torch.inf
+
+
+def _at(indices: list[int], token_ids: list[int], logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each pair is there once, so that what is added at it is added once."""
+    rows, columns = np.array([indices, token_ids], np.int64)
+    return to_device(rows, logits.device), to_device(columns, logits.device)
 
 
 def ends_of_bad_words(row: SampleRow) -> list[int]:

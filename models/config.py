@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from quire.config import ConfigError
+from quire.models.fp8_checkpoint import Fp8Checkpoint, read_fp8
 from quire.models.json_fields import JsonFields, is_integer
 from quire.models.refused_fields import refuse_what_changes_numbers
 from quire.models.rope_config import RopeConfig, read_rope
@@ -64,6 +65,8 @@ class ModelConfig:
     bos_token_id: int | None
     checkpoint_dtype: str
     """dtype named by the checkpoint: "float32" (also if it names none), "bfloat16", "float16" or "float64"."""
+    fp8: Fp8Checkpoint | None = None
+    """How weights that are stored in fp8 are scaled; None: none are."""
 
     @property
     def uniform_window(self) -> int | None:
@@ -85,7 +88,7 @@ class ModelConfig:
         generation = JsonFields.read(generation_path) if generation_path.is_file() else JsonFields("", {})
         architecture = _architecture(fields)
         refuse_what_changes_numbers(fields)
-        return _READERS[architecture](architecture, fields, generation)
+        return replace(_READERS[architecture](architecture, fields, generation), fp8=read_fp8(fields))
 
 
 @dataclass(frozen=True, slots=True)

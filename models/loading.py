@@ -30,6 +30,7 @@ def load_model(
     device: torch.device,
     max_model_len: int | None = None,
     quantization: Quantization | None = None,
+    keeps_fp8: bool = False,
     progress: Callable[[int, int], None] = _no_progress,
 ) -> Model:
     """Load the safetensors of a checkpoint; nothing else in the directory is read or run.
@@ -39,7 +40,8 @@ def load_model(
         config: read from the same directory.
         dtype: to which all weights are cast, and in which the model computes.
         max_model_len: longest sequence that will be run, in tokens; None: all that the model can.
-        quantization: to what the weights of linear layers, embedding and head are rounded; on a CPU only.
+        quantization: to what the weights of linear layers are rounded, on a CPU those of embedding and head too.
+        keeps_fp8: layers whose weights are stored in fp8 compute with them; otherwise these are read as `dtype`.
         progress: called with (bytes read, bytes in all).
 
     Raises:
@@ -52,7 +54,8 @@ def load_model(
             f"--max-model-len {num_positions} is longer than the {config.max_position_embeddings} positions of this "
             f"model; use at most {config.max_position_embeddings}."
         )
-    weights = Weights(find_entries(Path(directory)), dtype, device, progress, quantization)
+    entries = find_entries(Path(directory))
+    weights = Weights(entries, dtype, device, progress, quantization, config.fp8, keeps_fp8=keeps_fp8)
     try:
         with torch.no_grad():
             model = MODELS[config.architecture](config, weights, num_positions)

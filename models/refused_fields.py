@@ -32,7 +32,6 @@ HARMLESS_VALUES: dict[str, tuple[object, ...]] = {
     "per_layer_config": _OFF,
     "pruned_heads": _OFF,
     "qk_layernorm": _OFF,
-    "quantization_config": _OFF,
     "query_pre_attn_scalar": _OFF,
     "residual_multiplier": _ONE,
     "rope_interleave": _OFF,

@@ -10,15 +10,23 @@ from pathlib import Path
 import torch
 
 from quire.config import ConfigError, Quantization
+from quire.models.fp8_checkpoint import Fp8Checkpoint
 from quire.models.json_fields import JsonFields
 from quire.models.safetensors_file import TensorEntry, read_entries
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_SCALE_NAMES = ("weight_scale", "weight_scale_inv")  # both are multiplied with
 CHUNK_BYTES = 8 * 2**20
 
 _SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
-_TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 
 
 class Weights:
@@ -31,6 +39,8 @@ class Weights:
     Args:
         progress: called with (bytes of the files read so far, bytes in all).
         quantization: to what layers round the weights that they take.
+        fp8: how weights that are stored in fp8 are scaled.
+        keeps_fp8: layers compute with weights that are stored in fp8 as they are; otherwise these become `dtype`.
     """
 
     def __init__(
@@ -40,12 +50,17 @@ class Weights:
         device: torch.device,
         progress: Callable[[int, int], None],
         quantization: Quantization | None = None,
+        fp8: Fp8Checkpoint | None = None,
+        *,
+        keeps_fp8: bool = False,
     ) -> None:
         self.dtype = dtype
         self.device = device
         self.quantization = quantization
         self.num_bytes = 0
         """Bytes of all tensors handed out, or of what they were rounded to."""
+        self._fp8 = fp8
+        self._keeps_fp8 = keeps_fp8
         self._entries = dict(entries)
         self._progress = progress
         self._total = sum(entry.num_bytes for entry in entries.values())
@@ -64,12 +79,35 @@ class Weights:
 
     def stacked(self, rows: Mapping[str, int], *trailing: int) -> torch.Tensor:
         """Take tensors [rows[name], *trailing], one below the other in one tensor [sum of rows, *trailing]."""
-        entries = [self._take(name, (num_rows, *trailing)) for name, num_rows in rows.items()]
+        entries = {name: self._take(name, (num_rows, *trailing)) for name, num_rows in rows.items()}
         out = torch.empty((sum(rows.values()), *trailing), dtype=self.dtype, device=self.device)
-        for entry, part in zip(entries, out.split(list(rows.values())), strict=True):
-            self._read(entry, part)
+        for (name, entry), part in zip(entries.items(), out.split(list(rows.values())), strict=True):
+            if entry.dtype == "F8_E4M3":
+                self._dequantize(name, entry, part)
+            else:
+                self._read(entry, part)
         self.num_bytes += out.nbytes
         return out
+
+    def stacked_fp8(self, rows: Mapping[str, int], columns: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Take weights [rows[name], columns] as they are stored in fp8, one below the other.
+
+        Returns:
+            codes [sum of rows, columns] float8_e4m3fn and scales [sum of rows] float32; None, and nothing is taken, if
+            one is stored otherwise, or fp8 is not to be kept.
+        """
+        stored = [self._entries.get(name) for name in rows]
+        if not self._keeps_fp8 or not all(entry is not None and entry.dtype == "F8_E4M3" for entry in stored):
+            return None
+        codes = torch.empty((sum(rows.values()), columns), dtype=torch.float8_e4m3fn, device=self.device)
+        scales = torch.empty(len(codes), dtype=torch.float32, device=self.device)
+        sizes = list(rows.values())
+        for name, part, scale in zip(rows, codes.split(sizes), scales.split(sizes), strict=True):
+            entry = self._take(name, tuple(part.shape))
+            self._read_codes(entry, part)
+            scale.copy_(self._scales(name, entry)[:, 0])
+        self.num_bytes += codes.nbytes + scales.nbytes
+        return codes, scales
 
     def transposed(self, name: str, rows: int, columns: int) -> torch.Tensor:
         """Take a tensor that is stored as [columns, rows], as a contiguous [rows, columns]."""
@@ -85,6 +123,8 @@ class Weights:
         if name not in self._entries:
             return
         entry = self._take(name, tuple(tensor.shape))
+        if entry.dtype == "F8_E4M3":
+            raise ConfigError(f"{entry.path}: {name!r} is in fp8; set 'tie_word_embeddings' to false in config.json.")
         flat = tensor.view(-1)
         for start, values in self._chunks(entry):
             if not torch.equal(values.to(self.dtype), flat[start : start + len(values)].cpu()):
@@ -103,10 +143,58 @@ class Weights:
             raise ConfigError(f"{entry.path}: tensor {name!r} has shape {entry.shape}, config.json asks for {shape}.")
         if entry.dtype not in _TORCH_DTYPES:
             raise ConfigError(
-                f"{entry.path}: tensor {name!r} is {entry.dtype}; quantized checkpoints are not supported, "
-                "use the float16 or bfloat16 one."
+                f"{entry.path}: tensor {name!r} is {entry.dtype}, which is not supported; use a checkpoint in fp8, "
+                "float16 or bfloat16."
             )
         return entry
+
+    def _dequantize(self, name: str, entry: TensorEntry, out: torch.Tensor) -> None:
+        """Fill `out` with a weight that is stored in fp8, rounded to out's dtype."""
+        codes = torch.empty(entry.shape, dtype=torch.float8_e4m3fn, device=self.device)
+        self._read_codes(entry, codes)
+        scales = self._scales(name, entry)
+        block = self._fp8.block if self._fp8 is not None else None
+        rows_per_part = 1024 if block is None else block[0]
+        for start in range(0, len(codes), rows_per_part):
+            rows = slice(start, start + rows_per_part)
+            if block is None:
+                scale = scales[rows]
+            else:
+                scale = scales[start // block[0]].repeat_interleave(block[1])[: codes.shape[1]]
+            out[rows] = (codes[rows].float() * scale).to(out.dtype)
+
+    def _read_codes(self, entry: TensorEntry, out: torch.Tensor) -> None:
+        self._read(entry, out)
+        if bool(((out.view(torch.uint8) & 0x7F) == 0x7F).any()):
+            raise ConfigError(f"{entry.path} holds weights that are not a number; use another checkpoint.")
+
+    def _scales(self, name: str, entry: TensorEntry) -> torch.Tensor:
+        """Take the scales of a weight [N, K]: [N, 1] float32 or, of blocks, [blocks of N, blocks of K]."""
+        if self._fp8 is None or len(entry.shape) != 2:
+            raise ConfigError(
+                f"{entry.path}: {name!r} is in fp8, of which config.json says nothing; download the checkpoint again."
+            )
+        base = name.removesuffix("weight")
+        self._entries.pop(f"{base}input_scale", None)  # inputs are rounded by token, or not at all
+        scale_name = next((base + kind for kind in _SCALE_NAMES if base + kind in self._entries), None)
+        if scale_name is None:
+            raise ConfigError(
+                f"{entry.path}: {name!r} is in fp8 and has no 'weight_scale'; the checkpoint is incomplete."
+            )
+        num_rows, block = entry.shape[0], self._fp8.block
+        if block is None:
+            shapes = [(num_rows, 1), (num_rows,), (1,), (), (1, 1)]
+        else:
+            shapes = [tuple(-(-size // part) for size, part in zip(entry.shape, block, strict=True))]
+        shape = self._entries[scale_name].shape
+        if shape not in shapes:
+            raise ConfigError(
+                f"{entry.path}: {scale_name!r} has shape {shape}, which does not fit {name!r} of {entry.shape} and "
+                "config.json's 'quantization_config'."
+            )
+        scales = torch.empty(shape, dtype=torch.float32, device=self.device)
+        self._read(self._take(scale_name, shape), scales)
+        return scales if block is not None else scales.reshape(-1, 1).expand(num_rows, 1)
 
     def _read(self, entry: TensorEntry, out: torch.Tensor) -> None:
         """Fill `out`, contiguous and of as many elements as the entry."""

@@ -12,7 +12,7 @@ from quire.sampling_params import MAX_LOGPROBS, MAX_SPECULATIVE_TOKENS
 KVCacheDType = Literal["auto", "int8"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
-Quantization = Literal["int8", "int4"]
+Quantization = Literal["int8", "int4", "fp8"]
 SchedulingPolicy = Literal["fcfs", "priority"]
 MAX_NGRAM = 16
 MAX_TARGET_ITL_MS = 60_000
@@ -72,7 +72,8 @@ class EngineConfig:
     kv_cache_dtype: KVCacheDType = "auto"
     """Of the KV-cache's pages: the model's dtype, or int8 with a scale for each token and head."""
     quantization: Quantization | None = None
-    """To what weights are rounded at load, on a CPU only; embedding and head always to int8."""
+    """To what weights are rounded at load: on a CPU int8 or int4, embedding and head always to int8; on a GPU fp8,
+    without embedding and head."""
     seed: int = 0
     """Seed from which requests without a seed are given theirs."""
     max_model_len: int | None = None

@@ -83,8 +83,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     model.add_argument(
         "--quantization",
-        choices=("int8", "int4"),
-        help="round weights at load to 8 or 4 bits, which makes a CPU decode faster (default: weights as they are)",
+        choices=("int8", "int4", "fp8"),
+        help="round weights at load: to int8 or int4, which makes a CPU decode faster, or to fp8 on a GPU that "
+        "multiplies it (compute capability 8.9 or newer, AMD MI300) (default: weights as they are)",
     )
     model.add_argument(
         "--max-model-len",

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from quire.kernels.linear import Activation, PackedWeight, unpack
 
 
-def _activate(x: torch.Tensor, activation: Activation | None) -> torch.Tensor:
+def activate(x: torch.Tensor, activation: Activation | None) -> torch.Tensor:
     match activation:
         case None:
             return x
@@ -38,9 +38,9 @@ def linear(
         else:
             out = out + panels.flatten()[: weight.out_features]
     if not weight.gated:
-        return _activate(out, activation).to(out_dtype)
+        return activate(out, activation).to(out_dtype)
     gate, up = out.chunk(2, dim=1)
-    return (_activate(gate, activation) * up).to(out_dtype)
+    return (activate(gate, activation) * up).to(out_dtype)
 
 
 def embedding(indices: torch.Tensor, weight: PackedWeight) -> torch.Tensor:

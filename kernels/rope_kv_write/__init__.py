@@ -87,7 +87,11 @@ def rope_kv_write(
                 norm,
                 query,
             )
-    if body == "cpu":
+    on_one_device = (key, value, positions, cos_sin, k_cache, slot_mapping)
+    require(all(x.device == query.device for x in on_one_device), "all tensors must be on one device", query)
+    if body == "triton":
+        from quire.kernels.rope_kv_write.triton import rope_kv_write as run
+    elif body == "cpu":
         from quire.kernels.rope_kv_write.cpu import rope_kv_write as run
     else:
         from quire.kernels.rope_kv_write.reference import rope_kv_write as run

@@ -1,10 +1,9 @@
-"""The three operations one after the other, each by its own body for the device or in plain torch."""
+"""The three operations one after the other, in plain torch."""
 
 from __future__ import annotations
 
 import torch
 
-from quire.kernels.backend import Backend
 from quire.kernels.kv_write import kv_write
 from quire.kernels.rms_norm import rms_norm
 from quire.kernels.rope import rope
@@ -23,9 +22,8 @@ def rope_kv_write(
     key_norm: torch.Tensor | None,
     eps: float,
 ) -> None:
-    backend: Backend = "auto" if query.device.type == "cuda" else "reference"
     if query_norm is not None and key_norm is not None:
-        query.copy_(rms_norm(query, query_norm, eps, backend=backend))
-        key = rms_norm(key, key_norm, eps, backend=backend)
-    rope(query, key, positions, cos_sin, backend=backend)
-    kv_write(key, value, k_cache, v_cache, slot_mapping, backend=backend)
+        query.copy_(rms_norm(query, query_norm, eps, backend="reference"))
+        key = rms_norm(key, key_norm, eps, backend="reference")
+    rope(query, key, positions, cos_sin, backend="reference")
+    kv_write(key, value, k_cache, v_cache, slot_mapping, backend="reference")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from quire.kernels import linear as packed
 from quire.kernels import quantized_linear as quantized
 from quire.kernels.quantized_linear import QuantizedWeight
-from quire.models.layers.linear import Linear, PackedLinear, QuantizedLinear, TorchLinear, quantize
+from quire.models.layers.linear import BITS, Linear, PackedLinear, QuantizedLinear, TorchLinear, quantize
 from quire.models.weights import Weights
 
 Table = torch.Tensor | packed.PackedWeight | QuantizedWeight
@@ -58,7 +58,7 @@ def load_embedding_and_head(
 
 
 def _table(weights: Weights, weight: torch.Tensor) -> Table:
-    if weights.quantization is not None:
+    if weights.quantization in BITS:
         return quantize(weights, weight, 8)  # in int4 too: the last layer's errors are not averaged by others
     return _unrounded_table(weight)
 

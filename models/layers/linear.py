@@ -8,13 +8,18 @@ import torch
 import torch.nn.functional as F
 
 from quire.config import ConfigError, Quantization
+from quire.kernels import fp8_linear as fp8
 from quire.kernels import linear as packed
 from quire.kernels import quantized_linear as quantized
+from quire.kernels.fp8_linear import Fp8Weight, fp8_linear
+from quire.kernels.gated_activation import gated_activation
 from quire.kernels.linear import Activation
+from quire.kernels.linear.reference import activate
 from quire.kernels.quantized_linear import Bits, QuantizedWeight, quantized_linear
 from quire.models.weights import Weights
 
 BITS: dict[Quantization, Bits] = {"int8": 8, "int4": 4}
+"""Of the roundings for CPUs."""
 
 
 class Linear(Protocol):
@@ -36,11 +41,24 @@ class TorchLinear:
 
     def __call__(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         out = F.linear(x, self._weight, self._bias)
-        if self._gated:
-            gate, up = out.chunk(2, dim=-1)
-            out = activate(gate, self._activation) * up
-        else:
-            out = activate(out, self._activation)
+        out = gated_activation(out, self._activation) if self._gated else activate(out, self._activation)
+        return out if out_dtype is None else out.to(out_dtype)
+
+
+class Fp8Linear:
+    """On a GPU, on weights in fp8; inputs are rounded to fp8 too."""
+
+    def __init__(
+        self, weight: Fp8Weight, bias: torch.Tensor | None, activation: Activation | None, *, gated: bool
+    ) -> None:
+        self._weight = weight
+        self._bias = bias
+        self._activation = activation
+        self._gated = gated
+
+    def __call__(self, x: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        out = fp8_linear(x, self._weight, self._bias)
+        out = gated_activation(out, self._activation) if self._gated else activate(out, self._activation)
         return out if out_dtype is None else out.to(out_dtype)
 
 
@@ -68,20 +86,6 @@ class QuantizedLinear:
         return quantized_linear(x, self._weight, self._bias, activation=self._activation, out_dtype=out_dtype)
 
 
-def activate(x: torch.Tensor, activation: Activation | None) -> torch.Tensor:
-    match activation:
-        case None:
-            return x
-        case "silu":
-            return F.silu(x)
-        case "gelu":
-            return F.gelu(x)
-        case "gelu_tanh":
-            return F.gelu(x, approximate="tanh")
-        case "relu":
-            return F.relu(x)
-
-
 def make_linear(
     weights: Weights,
     weight: torch.Tensor,
@@ -91,6 +95,8 @@ def make_linear(
     gated: bool = False,
 ) -> Linear:
     """The layer for `weight` [out_features, in_features], taken from `weights`; gated: the gate's rows come first."""
+    if weights.quantization == "fp8":
+        return Fp8Linear(quantize_fp8(weights, weight), bias, activation, gated=gated)
     if weights.quantization is not None:
         return QuantizedLinear(quantize(weights, weight, BITS[weights.quantization], gated=gated), bias, activation)
     if weight.device.type == "cpu":
@@ -112,6 +118,24 @@ def quantize(weights: Weights, weight: torch.Tensor, bits: Bits, *, gated: bool 
     return rounded
 
 
+def quantize_fp8(weights: Weights, weight: torch.Tensor) -> Fp8Weight:
+    """As `quantize`, to what the device multiplies."""
+    try:
+        rounded = fp8.quantize(weight, fp8_dtype(weights))
+    except ValueError as error:
+        raise ConfigError(f"--quantization fp8: {error}; load the model without it.") from error
+    weights.replaced(weight, rounded.num_bytes)
+    return rounded
+
+
+def fp8_dtype(weights: Weights) -> torch.dtype:
+    """Raises ConfigError if the device multiplies no fp8."""
+    dtype = fp8.code_dtype(weights.device)
+    if dtype is None:
+        raise ConfigError(f"{weights.device} has no products of fp8; load the model without --quantization fp8.")
+    return dtype
+
+
 def fused_linear(
     weights: Weights,
     rows: dict[str, int],
@@ -122,8 +146,14 @@ def fused_linear(
     gated: bool = False,
 ) -> Linear:
     """Several projections of one input as one: their outputs side by side, in the order of `rows` (name: features)."""
-    weight = weights.stacked({f"{name}.weight": num for name, num in rows.items()}, in_features)
+    names = {f"{name}.weight": num for name, num in rows.items()}
     bias_vector = weights.stacked({f"{name}.bias": num for name, num in rows.items()}) if bias else None
+    stored = weights.stacked_fp8(names, in_features)
+    if stored is not None:
+        return Fp8Linear(
+            fp8.in_code_dtype(Fp8Weight(*stored), fp8_dtype(weights)), bias_vector, activation, gated=gated
+        )
+    weight = weights.stacked(names, in_features)
     return make_linear(weights, weight, bias_vector, activation=activation, gated=gated)
 
 

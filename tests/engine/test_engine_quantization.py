@@ -18,6 +18,7 @@ from quire.config import ConfigError, EngineConfig, Quantization
 from quire.engine import device
 from quire.engine.engine import Engine
 from quire.kernels.quantized_linear import dequantize, quantize
+from quire.models.fp8_checkpoint import Fp8Checkpoint
 from quire.tales import MODEL_DIR
 
 TinyCheckpoint = Callable[..., Path]
@@ -108,14 +109,92 @@ def test_the_start_says_what_the_weights_are(quantization: Quantization) -> None
 
 
 def test_what_there_is_not_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--quantization must be int8 or int4, not 'fp8'"):
-        EngineConfig(model="x", quantization="fp8")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="--quantization must be int8 or int4 or fp8, not 'fp4'"):
+        EngineConfig(model="x", quantization="fp4")  # type: ignore[arg-type]
 
 
 def test_is_refused_on_a_gpu() -> None:
     config = EngineConfig(model="x", quantization="int4")
     with pytest.raises(ConfigError, match="--quantization int4 is for CPUs; on a GPU leave it out"):
         device.choose_quantization(config, torch.device("cuda"))
+
+
+GPU = torch.device("cuda")
+FP8 = torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(
+    ("found", "code_dtype", "message"),
+    [
+        (torch.device("cpu"), FP8, "--quantization fp8 is for GPUs; on a CPU use --quantization int8"),
+        (GPU, None, "this GPU has no products of fp8.*leave it out"),
+        (GPU, FP8, None),
+        (GPU, torch.float8_e4m3fnuz, None),
+    ],
+    ids=str,
+)
+def test_fp8_is_for_gpus_that_multiply_it(
+    found: torch.device, code_dtype: torch.dtype | None, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "code_dtype", lambda _: code_dtype)
+    config = EngineConfig(model="x", quantization="fp8")
+    if message is None:
+        assert device.choose_quantization(config, found) == "fp8"
+        return
+    with pytest.raises(ConfigError, match=message):
+        device.choose_quantization(config, found)
+
+
+@pytest.mark.parametrize(
+    ("found", "code_dtype", "block", "why"),
+    [
+        (GPU, FP8, None, None),
+        (GPU, None, None, "this GPU has no products of fp8"),
+        (GPU, FP8, (128, 128), "their scales are of blocks; --quantization fp8 rounds them again"),
+        (torch.device("cpu"), FP8, None, "this CPU has no products of fp8"),
+    ],
+    ids=str,
+)
+def test_what_becomes_of_weights_stored_in_fp8_is_said(
+    found: torch.device,
+    code_dtype: torch.dtype | None,
+    block: tuple[int, int] | None,
+    why: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(device, "code_dtype", lambda _: code_dtype)
+    config = EngineConfig(model="x")
+    assert not device.keeps_fp8_weights(config, None, torch.bfloat16, found)
+    with caplog.at_level(logging.WARNING):
+        assert device.keeps_fp8_weights(config, Fp8Checkpoint(block), torch.bfloat16, found) == (why is None)
+    expected = [] if why is None else [f"the weights are stored in fp8 and are read as bfloat16: {why}."]
+    assert caplog.messages == expected
+
+
+def test_an_fp8_checkpoint_runs_on_a_cpu(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the model that its weights stand for, rounded to 8 bits or not."""
+    for name in ("fp8", "meant"):
+        shutil.copytree(tiny_checkpoint("llama"), tmp_path / name)
+    tensors = load_file(tmp_path / "fp8" / "model.safetensors")
+    meant = dict(tensors)
+    for name, weight in list(tensors.items()):
+        if name.endswith("_proj.weight"):
+            scale = weight.abs().max() / 448
+            tensors[name] = (weight / scale).to(FP8)
+            tensors[f"{name}_scale"] = scale
+            meant[name] = tensors[name].float() * scale
+    save_file(tensors, tmp_path / "fp8" / "model.safetensors", {"format": "pt"})
+    save_file(meant, tmp_path / "meant" / "model.safetensors", {"format": "pt"})
+    path = tmp_path / "fp8" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
+    prompt = list(range(3, 60))
+    for quantization in (None, "int8"):
+        found = log_probs(make(tmp_path / "fp8", quantization, dtype="float32"), prompt)
+        assert "the weights are stored in fp8 and are read as float32" in caplog.text
+        assert torch.equal(found, log_probs(make(tmp_path / "meant", quantization, dtype="float32"), prompt))
 
 
 def test_a_processor_without_products_of_bytes_is_warned_of(
@@ -142,5 +221,5 @@ def test_a_quantized_checkpoint_and_weights_that_are_not_finite(
         Engine(EngineConfig(**settings))  # type: ignore[arg-type]
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(ConfigError, match="'quantization_config' is not supported; use a checkpoint without it"):
+    with pytest.raises(ConfigError, match="weights in 'gptq' are not supported; use a checkpoint in fp8"):
         Engine(EngineConfig(**settings))  # type: ignore[arg-type]

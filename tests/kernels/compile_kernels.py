@@ -32,6 +32,8 @@ TYPE_NAMES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.float64: "*fp64",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e4m3fnuz: "*fp8e4b8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -52,6 +54,7 @@ class Resources:
     shared_memory_limit: int
     num_warps: int
     mma: dict[str, int]
+    """Matrix instructions, and loads and stores of NVIDIA's that say how data moves, by name."""
     int64_offsets: bool
 
 
@@ -65,8 +68,8 @@ def tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launches(op: str, target: Target, *args: Any) -> list[Launch]:
-    """What the launcher of `op` would launch on `target`."""
+def launches(op: str, target: Target, *args: Any, launcher: str | None = None) -> list[Launch]:
+    """What the launcher of `op`, named like it if not otherwise, would launch on `target`."""
     module = importlib.import_module(f"quire.kernels.{op}.triton")
     recorded: list[Launch] = []
 
@@ -87,7 +90,7 @@ def launches(op: str, target: Target, *args: Any) -> list[Launch]:
             setattr(module, name, Recorder(kernel))
         if hasattr(module, "current_target"):
             module.current_target = lambda device: target  # type: ignore[attr-defined]
-        getattr(module, op)(*args)
+        getattr(module, launcher or op)(*args)
     finally:
         for name, value in replaced.items():
             setattr(module, name, value)
@@ -134,7 +137,8 @@ def nvidia_resources(compiled: Any) -> tuple[int, int, dict[str, int]]:
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resources: {usage}")
-    mma = {name: len(re.findall(rf"\b{name}", sass)) for name in ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS")}
+    names = ("HMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "FADD", "LDGSTS", "LDG.E.128", "STG.E.128")
+    mma = {name: len(re.findall(rf"\b{name}", sass)) for name in names}
     return int(found[1]), int(found[2]), mma
 
 
@@ -204,15 +208,39 @@ def small_operations(dtype: torch.dtype, head_dim: int, target: Target) -> list[
     query, key, value = qkv.split([NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS], dim=1)
     positions = tensor(num_tokens, dtype=torch.int64)
     cos_sin = tensor(CONTEXT, head_dim, dtype=torch.float32)
+    written = (query, key, value, positions, cos_sin, *caches(dtype, head_dim))
     return [
         *launches("rms_norm", target, hidden, tensor(hidden_size, dtype=dtype), 1e-6),
         *launches(
             "rms_norm", target, hidden, tensor(hidden_size, dtype=dtype), 1e-6, tensor(*hidden.shape, dtype=dtype)
         ),
         *launches("rms_norm", target, query, tensor(head_dim, dtype=dtype), 1e-6),
+        *launches("gated_activation", target, hidden, "silu"),
         *launches("rope", target, query, key, positions, cos_sin),
         *launches("kv_write", target, key, value, *caches(dtype, head_dim), positions),
+        *(
+            launch
+            for norms in ((None, None), (tensor(head_dim, dtype=dtype), tensor(head_dim, dtype=dtype)))
+            for launch in launches("rope_kv_write", target, *written, positions, *norms, 1e-6)
+        ),
     ]
+
+
+def fp8_layers(target: Target) -> list[Launch]:
+    """Decode and prefill of layers with fp8 weights, in the fp8 that the target multiplies."""
+    dtype = torch.float8_e4m3fnuz if target.vendor == "hip" else torch.float8_e4m3fn
+    depth, bf16 = 4096, torch.bfloat16
+    found = [
+        launch
+        for size in (depth, 28_672)
+        for launch in launches("fp8_linear", target, tensor(8, size, dtype=bf16), dtype, launcher="quantize_tokens")
+    ]
+    for num_tokens, num_features in ((1, depth), (1, 28_672), (4096, depth)):
+        codes, weight = tensor(num_tokens, depth, dtype=dtype), tensor(num_features, depth, dtype=dtype)
+        scales, weight_scales = (tensor(number, dtype=torch.float32) for number in (num_tokens, num_features))
+        arguments = (codes, scales, weight, weight_scales, tensor(num_features, dtype=bf16), bf16)
+        found += launches("fp8_linear", target, *arguments, launcher="scaled_product")
+    return found
 
 
 def sampling(vocab_size: int, target: Target) -> list[Launch]:
@@ -224,6 +252,7 @@ def sampling(vocab_size: int, target: Target) -> list[Launch]:
     bitmask = tensor(num_rows, -(-vocab_size // 32), dtype=torch.int32)
     return [
         *launches("sample", target, logits, temperature, integers, top_p, min_p, uniform),
+        *launches("argmax", target, logits[:1]),
         *launches("token_bitmask", target, logits, bitmask, integers),
         *(launch for num_top in (0, 1, 64) for launch in launches("log_probs", target, logits, integers, num_top)),
     ]
@@ -245,6 +274,8 @@ def cases() -> Iterator[tuple[str, Target, list[Launch]]]:
         yield "prefill-bf16-d128-window-1seq", target, prefill(bf16, 128, 1, 1024, 1024, target)
         yield "prefill-bf16-d128-short", target, prefill(bf16, 128, 8, 16, None, target)
         yield "prefill-bf16-d256", target, prefill(bf16, 256, 2, 1024, None, target)
+        if target != A100:
+            yield "fp8", target, fp8_layers(target)
         for vocab_size in (151_936, 262_144, 32_003):
             yield f"sampling-fp32-v{vocab_size}", target, sampling(vocab_size, target)
     yield "decode-bf16-d80", H100, decode(bf16, 80, 8, None, H100)

@@ -24,6 +24,7 @@ from triton.runtime.jit import JITFunction
 
 NUM_PROCESSES = 2
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+FP8_MMA = {"sm_90": "QGMMA", "sm_100": "UTCQMMA", "gfx942": "MFMA"}
 DECODE_MMA = {"sm_80": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA", "gfx942": "MFMA"}
 PREFILL_MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}
 
@@ -79,13 +80,16 @@ def test_all_kernels_are_compiled_for_all_targets(report: Report, capsys: pytest
     with capsys.disabled():
         print("\n" + report.table())
     sources = sorted(Path(compile_kernels.__file__).parents[2].glob("kernels/*/triton.py"))
-    assert len(sources) == 8
-    of_logits = {name for op in ("sample", "token_bitmask", "log_probs") for name in kernel_names(op)}
-    of_layers = {name for path in sources for name in kernel_names(path.parent.name)} - of_logits
+    assert len(sources) == 12
+    of_logits = {name for op in ("argmax", "sample", "token_bitmask", "log_probs") for name in kernel_names(op)}
+    of_fp8 = kernel_names("fp8_linear")
+    of_layers = {name for path in sources for name in kernel_names(path.parent.name)} - of_logits - of_fp8
     for arch in ARCHS:
         for dtype, kernels in (("bf16", of_layers), ("fp16", of_layers), ("fp32", of_logits)):
             compiled = {row.kernel for row in report.rows if row.arch == arch and dtype in row.case}
             assert compiled == kernels
+    for arch in ARCHS[1:]:
+        assert {row.kernel for row in report.rows if row.arch == arch and row.case == "fp8"} == of_fp8
 
 
 def kernel_names(op: str) -> set[str]:
@@ -102,19 +106,44 @@ def test_shared_memory_fits(report: Report) -> None:
     assert [row for row in report.rows if row.shared_memory > row.shared_memory_limit] == []
 
 
-@pytest.mark.parametrize(("kernel", "expected"), [("split_kernel", DECODE_MMA), ("prefill_kernel", PREFILL_MMA)])
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    ("kernel", "expected", "arch"),
+    [
+        (kernel, expected, arch)
+        for kernel, expected in (
+            *(("split_kernel", DECODE_MMA), ("prefill_kernel", PREFILL_MMA), ("scaled_product_kernel", FP8_MMA)),
+        )
+        for arch in expected
+    ],
+)
 def test_matrix_instructions(report: Report, kernel: str, expected: dict[str, str], arch: str) -> None:
     rows = [row for row in report.rows if row.kernel == kernel and row.arch == arch]
     assert rows
     assert [row for row in rows if not row.mma.get(expected[arch])] == []
 
 
+def test_sums_of_fp8_products_are_added_up_in_float32(report: Report) -> None:
+    """Hopper's matrix units sum up to 128 of them with fewer bits: then comes an addition for each of a tile's sums."""
+    rows = [row for row in report.rows if row.kernel == "scaled_product_kernel" and row.arch == "sm_90"]
+    assert rows
+    assert [row for row in rows if row.mma.get("FADD", 0) < 32] == []
+
+
 def test_nvidia_loads_are_asynchronous(report: Report) -> None:
     """Keys and values are copied to shared memory while the tile before is computed."""
     for row in report.rows:
-        if row.kernel in ("split_kernel", "prefill_kernel") and row.arch.startswith("sm_"):
+        if row.kernel in ("split_kernel", "prefill_kernel", "scaled_product_kernel") and row.arch.startswith("sm_"):
             assert row.mma.get("LDGSTS"), f"{row.case} on {row.arch} does not pipeline its loads"
+
+
+def test_small_kernels_move_16_bytes_at_a_time(report: Report) -> None:
+    """What is bound by memory: a thread's loads and stores are as wide as they get."""
+    for row in report.rows:
+        if row.kernel in ("rms_norm_kernel", "rope_kv_write_kernel", "gated_activation_kernel") and row.arch.startswith(
+            "sm_"
+        ):
+            assert row.mma.get("LDG.E.128"), f"{row.case} on {row.arch} loads piece by piece"
+            assert row.mma.get("STG.E.128"), f"{row.case} on {row.arch} stores piece by piece"
 
 
 def test_offsets_are_64_bit(report: Report) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
@@ -30,8 +31,8 @@ KERNEL_MODULES = (
     *(
         f"quire.kernels.{op}.triton"
         for op in (
-            *("rms_norm", "rope", "kv_write", "paged_decode", "paged_prefill"),
-            *("sample", "token_bitmask", "log_probs"),
+            *("rms_norm", "rope", "kv_write", "rope_kv_write", "paged_decode", "paged_prefill"),
+            *("gated_activation", "fp8_linear", "argmax", "sample", "token_bitmask", "log_probs"),
         )
     ),
 )
@@ -49,7 +50,13 @@ def narrow(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
 
 
+_FP8_DTYPES = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e4b8: torch.float8_e4m3fnuz}
+
+
 def _wide(handle: Any) -> Any:
+    if handle.get_element_ty() in _FP8_DTYPES:
+        codes = torch.from_numpy(handle.data.view(np.uint8)).view(_FP8_DTYPES[handle.get_element_ty()])
+        return interpreter.TensorHandle(codes.float().numpy(), tl.float32)
     if handle.get_element_ty() != tl.bfloat16:
         return handle
     return interpreter.TensorHandle(widen(handle.data), tl.float32)
@@ -59,13 +66,21 @@ def _narrow(handle: Any) -> Any:
     return interpreter.TensorHandle(narrow(handle.data), tl.bfloat16)
 
 
+def _round_to_fp8(handle: Any, target_type: Any) -> Any:
+    """As GPUs convert: to nearest even, and what is too large to the largest code."""
+    dtype = _FP8_DTYPES[target_type.scalar]
+    largest = torch.finfo(dtype).max
+    codes = torch.from_numpy(_wide(handle).data.astype(np.float32)).clamp(-largest, largest).to(dtype)
+    return interpreter.TensorHandle(codes.view(torch.uint8).numpy(), target_type.scalar)
+
+
 def _is_bfloat16(handle: Any) -> bool:
     return bool(handle.get_element_ty() == tl.bfloat16)
 
 
 @contextmanager
 def bfloat16_arithmetic() -> Iterator[None]:
-    """Within it the interpreter's dots, operators and casts compute bfloat16 by way of float32."""
+    """Within it the interpreter's dots, operators and casts compute bfloat16 by way of float32, and round to fp8."""
     builder = interpreter.InterpreterBuilder
     names = ("create_dot", "binary_op", "unary_op", "create_fma", "cast_impl", "create_fp_to_fp")
     original: dict[str, Callable[..., Any]] = {name: getattr(builder, name) for name in names}
@@ -87,12 +102,14 @@ def bfloat16_arithmetic() -> Iterator[None]:
         return _narrow(result) if _is_bfloat16(z) else result
 
     def cast_impl(self: Any, source: Any, target_type: Any) -> Any:
+        if target_type.scalar in _FP8_DTYPES:
+            return _round_to_fp8(source, target_type)
         if target_type.scalar != tl.bfloat16:
             return original["cast_impl"](self, _wide(source), target_type)
         return _narrow(original["cast_impl"](self, _wide(source), tl.float32))
 
     def create_fp_to_fp(self: Any, source: Any, target_type: Any, rounding_mode: Any) -> Any:
-        if _is_bfloat16(source) or target_type.scalar == tl.bfloat16:
+        if _is_bfloat16(source) or target_type.scalar == tl.bfloat16 or target_type.scalar in _FP8_DTYPES:
             return cast_impl(self, source, target_type)
         return original["create_fp_to_fp"](self, source, target_type, rounding_mode)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +22,10 @@ NUM_BLOCKS = 128
 class PagedRunner:
     """Runs steps of many sequences; every slot that was not written is NaN."""
 
-    def __init__(self, directory: Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, directory: Path, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+        """options: of `load_model`."""
         self.config = ModelConfig.from_hf(directory)
-        self.model = load_model(directory, self.config, dtype=dtype, device=torch.device("cpu"))
+        self.model = load_model(directory, self.config, dtype=dtype, device=torch.device("cpu"), **options)
         shape = (NUM_BLOCKS, self.config.num_kv_heads, BLOCK_SIZE, self.config.head_dim)
         self.caches = [
             KVCache(torch.full(shape, torch.nan, dtype=dtype), torch.full(shape, torch.nan, dtype=dtype))

@@ -281,7 +281,7 @@ def test_a_missing_field_is_named_or_has_a_default(read: Read, required: str) ->
         (LLAMA, {"eos_token_id": 32000}, "'eos_token_id' must lie in the vocabulary, 0 to 31999"),
         (LLAMA, {"eos_token_id": [1, "2"]}, "'eos_token_id' must lie"),
         (LLAMA, {"bos_token_id": -1}, "'bos_token_id' must be"),
-        (LLAMA, {"quantization_config": {"quant_method": "gptq"}}, "'quantization_config' is not supported"),
+        (LLAMA, {"quantization_config": {"quant_method": "gptq"}}, "weights in 'gptq' are not supported"),
         (LLAMA, {"alibi": True}, "'alibi' is not supported"),
         (LLAMA, {"attn_logit_softcapping": 50.0}, "'attn_logit_softcapping' is not supported"),
         (LLAMA, {"num_local_experts": 8}, "'num_local_experts' is not supported"),

@@ -170,7 +170,7 @@ def test_quantized_tensor(checkpoint: Checkpoint) -> None:
     directory = checkpoint()
     name = "model.layers.0.mlp.up_proj.weight"
     edit(directory, lambda t: t.update({name: t[name].to(torch.int8)}))
-    with pytest.raises(ConfigError, match="is I8; quantized checkpoints are not supported"):
+    with pytest.raises(ConfigError, match="is I8, which is not supported; use a checkpoint in fp8"):
         load(directory)
 
 
