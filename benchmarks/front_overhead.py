@@ -80,8 +80,8 @@ class PacedEngine:
     def has_work(self) -> bool:
         return self._began and bool(self._num_left)
 
-    def step(self) -> list[Any]:
-        from quire.scheduler.output import FinishReason, StepOutput
+    def step(self) -> Any:
+        from quire.scheduler.output import FinishReason, StepOutput, StepOutputs
 
         now = time.monotonic()
         self._next_step = max(self._next_step + self._period, now)
@@ -89,11 +89,14 @@ class PacedEngine:
         if self._num_steps:
             self.started = []
         self._num_steps += 1
-        outputs = []
+        outputs = StepOutputs()
         for place, (request_id, num_left) in enumerate(list(self._num_left.items())):
             last = num_left == 1
             token_id = 100 + (self._num_steps * 7 + place * 13) % (VOCAB_SIZE - 200)
-            outputs.append(StepOutput(request_id, 0, [token_id], FinishReason.LENGTH if last else None))
+            if last:
+                outputs.others.append(StepOutput(request_id, 0, [token_id], FinishReason.LENGTH))
+            else:
+                outputs.tokens.append((request_id, 0, token_id, 0))
             self._num_left[request_id] = num_left - 1
             if last:
                 del self._num_left[request_id]

@@ -3,6 +3,7 @@
     python benchmarks/offline.py                                    the bundled model, 8 prompts of 128 tokens, 64 out
     python benchmarks/offline.py path/to/model --loads W1,W2,W3
     python benchmarks/offline.py path/to/model --batch 16 --profile
+    python benchmarks/offline.py path/to/model --batch 1 --quantization int4
 
 The loads are those of serving.py: all requests are there at the beginning, those of W4 too, and as many run at once as
 serving.py has in flight. The floor of each step is reckoned for the very batch that it computed, see
@@ -119,6 +120,7 @@ def make_llm(arguments: argparse.Namespace, job: Job) -> LLM:
         return LLM(
             arguments.model,
             dtype=arguments.dtype,
+            quantization=arguments.quantization,
             num_threads=arguments.threads,
             max_num_seqs=job.max_num_seqs,
             max_num_batched_tokens=arguments.max_num_batched_tokens,
@@ -244,6 +246,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--output-len", type=int, default=64, help="tokens (default: %(default)s)")
     add("--threads", type=int, default=torch.get_num_threads(), help="(default: all cores, here %(default)s)")
     add("--dtype", choices=["auto", *DTYPES], default="auto", help="(default: auto, as the checkpoint)")
+    add("--quantization", choices=["int8", "int4"], help="of the weights (default: as they are)")
     add("--max-num-batched-tokens", type=int, default=2048, help="token budget of a step (default: %(default)s)")
     add("--rounds", type=int, default=3, help="runs of each load; the fastest counts (default: %(default)s)")
     add("--profile", action="store_true", help="also show where the time of a step goes")
@@ -265,9 +268,9 @@ def main() -> None:
     dtype = DTYPES[info.dtype]
     measured = rates.measure(arguments.threads, dtype, torch.device(info.device), seconds=0.3)
     best = MachineRates(float(str(measured["read_bytes_per_s"])), float(str(measured["operations_per_s"])))
-    cost = ModelCost.of(arguments.model, dtype.itemsize)
+    cost = ModelCost.of(arguments.model, dtype.itemsize, quantization=arguments.quantization)
     text = (
-        f"{arguments.model.name}, {info.dtype}, {arguments.threads} threads; floor at "
+        f"{arguments.model.name}, {arguments.quantization or info.dtype}, {arguments.threads} threads; floor at "
         f"{best.read_bytes_per_s / 1e9:.1f} GB/s read and {best.operations_per_s / 1e9:.0f} GFLOP/s.\n\n"
     )
     results = [measure(arguments, job, cost, best) for job in jobs]
@@ -279,7 +282,13 @@ def main() -> None:
             text += "\n" + profile_tables(job, profiles[job.name], result.output_tokens_per_s)
     print(text)
     if arguments.out is not None:
-        body = {"model": arguments.model.name, "rates": measured, "cost": asdict(cost), "profiles": profiles}
+        body = {
+            "model": arguments.model.name,
+            "quantization": arguments.quantization,
+            "rates": measured,
+            "cost": asdict(cost),
+            "profiles": profiles,
+        }
         write_json(arguments.out.with_suffix(".json"), {**body, "results": [asdict(result) for result in results]})
         arguments.out.with_suffix(".md").write_text(text)
 

@@ -152,8 +152,9 @@ def report(starts: list[Start]) -> dict[str, object]:
     }
     for name, values in memory.items():
         print(f"{name:8} {values['pss']:7.1f} MiB, of it {values['private']:7.1f} in private memory")
-    both = {kind: memory["front"][kind] + memory["engine"][kind] for kind in ("pss", "private")}
-    print(f"{'both':8} {both['pss']:7.1f} MiB, of it {both['private']:7.1f}  (front and engine)")
+    total = {kind: sum(values[kind] for values in memory.values()) for kind in ("pss", "private")}
+    megabytes = total["pss"] * 2**20 / 1e6
+    print(f"{'all':8} {total['pss']:7.1f} MiB, of it {total['private']:7.1f} in private memory ({megabytes:.0f} MB)")
     return {
         "seconds": {stage: statistics.median(values) for stage, values in seconds.items()},
         "mib": memory,

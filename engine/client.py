@@ -69,6 +69,7 @@ class EngineClient:
         self.on_step: Callable[[int], None] = lambda num_tokens: None
         """Told after each step how many tokens it computed; for metrics, and not to raise."""
         self._process = process
+        self._connection = process.connection
         self._processor = OutputProcessor(tokenizer.tokenizer)
         self._seeds = random.Random(seed)
         self._open: dict[str, _OpenRequest] = {}
@@ -100,7 +101,7 @@ class EngineClient:
         """
         process = await EngineProcess.spawn(command)
         try:
-            process.send(Configure(config=config))
+            process.connection.send(Configure(config=config))
             tokenizer = await asyncio.to_thread(TokenizerPool, tokenizer_dir)
             info = await process.wait_until_ready(on_progress)
         except BaseException as error:
@@ -179,25 +180,25 @@ class EngineClient:
         try:
             self._send_add(add)
             sent = True
-            await self._process.drain()
+            await self._connection.drain()
             while (deltas := await queue.get()) is not None:
                 yield deltas
         finally:
             if self._forget(internal_id) and sent:
-                self._process.send(Abort(request_id=internal_id))
+                self._connection.send(Abort(request_id=internal_id))
 
     async def reset_prefix_cache(self) -> None:
         """Forget all prefix-cache keys; holds for every request submitted afterwards."""
         if not self._alive:
             raise EngineDeadError("The engine process is not running.")
-        self._process.send(ResetPrefixCache())
-        await self._process.drain()
+        self._connection.send(ResetPrefixCache())
+        await self._connection.drain()
 
     async def stop(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109 - how long the engine has before it is killed
         """End the engine process; open requests get EngineDeadError. May be called twice."""
         self._stopping = True
         self._fail_all("The engine was stopped.")
-        self._process.send(Shutdown())
+        self._connection.send(Shutdown())
         await self._process.wait(timeout)
         await self._process.end(grace=0)
         await self._reader
@@ -228,7 +229,7 @@ class EngineClient:
 
     def _send_add(self, add: Add) -> None:
         try:
-            self._process.send(add)
+            self._connection.send(add)
         except WireError as error:
             raise RequestRejected(str(error), "invalid_value", "prompt") from error
 
@@ -245,10 +246,7 @@ class EngineClient:
     async def _read(self) -> None:
         """Take what the engine sends until it is gone; then every open request learns of it before anything else."""
         try:
-            while (messages := await self._process.receive()) is not None:
-                for message in messages:
-                    self._handle(message)
-                await asyncio.sleep(0)  # a backlog must not keep the readers of the requests from running
+            await self._connection.hand_over(self._handle)
         except WireError as error:
             log.error("The engine process is dropped: %s", error)
         except Exception:
@@ -271,7 +269,7 @@ class EngineClient:
                             request.queue.put([])
                 step = self._processor.process(outputs)
                 for internal_id, choice_index in step.aborts:
-                    self._process.send(Abort(request_id=internal_id, choice_index=choice_index))
+                    self._connection.send(Abort(request_id=internal_id, choice_index=choice_index))
                 for internal_id, deltas in step.deltas.items():
                     self._deliver(internal_id, deltas)
                 for internal_id in step.finished:
@@ -293,5 +291,5 @@ class EngineClient:
             return
         log.warning("Request %r is aborted: its reader takes no text.", request.label)
         self._forget(internal_id)
-        self._process.send(Abort(request_id=internal_id))
+        self._connection.send(Abort(request_id=internal_id))
         request.queue.fail(ReaderTooSlowError("The text was not taken fast enough."))

@@ -33,9 +33,21 @@ class DeltaQueue:
             more than most steps are worth. What it raises, the reader gets.
     """
 
+    __slots__ = (
+        "_changed",
+        "_closed",
+        "_error",
+        "_merge_at",
+        "_num_bytes",
+        "_num_steps",
+        "_pending",
+        "_reader_is_idle",
+        "_sink",
+    )
+
     def __init__(self, sink: Sink | None = None) -> None:
         self._sink = sink
-        self._reader_waits = False
+        self._reader_is_idle = False
         self._pending: list[TextDelta] = []
         self._num_bytes = 0
         self._num_steps = 0
@@ -49,7 +61,7 @@ class DeltaQueue:
 
         One step may bring any amount, as the end of a beam search does, if nothing was left untaken before it.
         """
-        if self._sink is not None and self._reader_waits and not self._changed.is_set():
+        if self._reader_is_idle and self._sink is not None:
             try:
                 if self._sink(deltas):
                     return True
@@ -63,18 +75,22 @@ class DeltaQueue:
         if len(self._pending) >= self._merge_at:
             self._pending = merge(self._pending)
             self._merge_at = max(_MERGE_LENGTH, 2 * len(self._pending))
-        self._changed.set()
+        self._wake_reader()
         return was_empty or self._num_bytes <= MAX_PENDING_BYTES
 
     def close(self) -> None:
         """No more will come; what is pending can still be taken."""
         self._closed = True
-        self._changed.set()
+        self._wake_reader()
 
     def fail(self, error: Exception) -> None:
         """The reader gets `error`, at once and instead of what is pending."""
         self._pending = []
         self._error = error
+        self._wake_reader()
+
+    def _wake_reader(self) -> None:
+        self._reader_is_idle = False
         self._changed.set()
 
     async def get(self) -> list[TextDelta] | None:
@@ -83,11 +99,11 @@ class DeltaQueue:
         Raises:
             Exception: the one given to `fail`.
         """
-        self._reader_waits = True
+        self._reader_is_idle = not self._changed.is_set()
         try:
             await self._changed.wait()
         finally:
-            self._reader_waits = False
+            self._reader_is_idle = False
         if self._error is not None:
             raise self._error
         deltas = self._pending if self._num_steps == 1 else merge(self._pending)

@@ -16,6 +16,7 @@ from quire.engine.device import (
     choose_device,
     choose_dtype,
     choose_kv_cache_dtype,
+    choose_prompt_budget,
     choose_quantization,
     choose_step_budget,
     dtype_name,
@@ -36,7 +37,7 @@ from quire.grammar import Grammar, GrammarError
 from quire.models.config import ModelConfig
 from quire.models.loading import load_model
 from quire.sampling_params import InvalidParameterError, SamplingParams
-from quire.scheduler.output import SchedulerStats, StepOutput
+from quire.scheduler.output import SchedulerStats, StepOutputs
 from quire.scheduler.request import AdmissionError, Request
 from quire.scheduler.scheduler import Scheduler
 
@@ -122,6 +123,7 @@ class Engine:
                 cache_namespace=f"{config.model}|{dtype}|{kv_dtype}|{quantization}|{secrets.token_hex(16)}",
             )
         )
+        self._scheduler.prompts.max_num_tokens = choose_prompt_budget(config, device)
         target = config.target_itl_ms
         self._pacer = None if target is None else StepPacer(target / 1000, step_budget)
         self.started: list[str] = []
@@ -150,13 +152,13 @@ class Engine:
         progress("kernels", 1, 1)
 
     @torch.inference_mode()
-    def step(self) -> list[StepOutput]:
+    def step(self) -> StepOutputs:
         """Compute one batch; what it brought to each request, empty when there is nothing to do."""
         started = time.perf_counter()
         batch = self._scheduler.schedule()
         self.started = [] if batch is None else batch.started
         if batch is None:
-            return []
+            return StepOutputs()
         inputs = self._inputs.build(batch)
         self._kv.copy_blocks(batch.block_copies)
         output = self._runner.run(inputs, batch.num_sampled_rows)

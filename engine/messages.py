@@ -6,7 +6,7 @@ import msgspec
 
 from quire.config import EngineConfig
 from quire.sampling_params import SamplingParams
-from quire.scheduler.output import SchedulerStats, StepOutput
+from quire.scheduler.output import SchedulerStats, StepOutputs
 
 
 class Configure(msgspec.Struct, tag=True, frozen=True):
@@ -98,7 +98,7 @@ class StepResult(msgspec.Struct, tag=True, frozen=True):
     One without outputs follows messages that leave nothing to step (the last abort), so that the gauges are right.
     """
 
-    outputs: list[StepOutput]
+    outputs: StepOutputs
     stats: SchedulerStats
     started: list[str] = []
     """Ids of requests that this step scheduled for the first time."""

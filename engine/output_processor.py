@@ -56,7 +56,9 @@ class OutputProcessor:
             if has_ended:
                 del request.choices[output.choice_index]
             if deltas := request.release(delta):
-                step.deltas.setdefault(output.request_id, []).extend(deltas)
+                earlier = step.deltas.setdefault(output.request_id, deltas)
+                if earlier is not deltas:
+                    earlier += deltas
             if not has_ended:
                 continue
             if output.finish_reason is None and not (request.searches_beams and request.choices):
@@ -70,7 +72,15 @@ class OutputProcessor:
 class RequestState:
     """The choices of one request that have not ended, by index, and what is kept back for now."""
 
-    __slots__ = ("_best_of", "_kept", "_prompt_log_probs", "_waits_for_prompt", "choices", "searches_beams")
+    __slots__ = (
+        "_best_of",
+        "_keeps_nothing",
+        "_kept",
+        "_prompt_log_probs",
+        "_waits_for_prompt",
+        "choices",
+        "searches_beams",
+    )
 
     def __init__(
         self, detokenizers: DetokenizerFactory, prompt_token_ids: Sequence[int], params: SamplingParams
@@ -84,6 +94,7 @@ class RequestState:
             for index, detokenizer in enumerate(created)
         }
         self._best_of = BestOf(params.n) if ranks_choices(params) else None
+        self._keeps_nothing = self._best_of is None and params.prompt_logprobs is None
         self._waits_for_prompt = params.prompt_logprobs is not None
         self._prompt_log_probs: list[TokenLogProbs] | None = None
         self._kept: list[TextDelta] = []
@@ -91,6 +102,8 @@ class RequestState:
     def release(self, delta: TextDelta) -> list[TextDelta]:
         """What can be handed out, now that `delta` is there: nothing before the log-probabilities of the prompt, which
         come with the first delta whichever choice brought them, and nothing before the choices are ranked."""
+        if self._keeps_nothing:
+            return [delta]
         if delta.prompt_log_probs is not None:
             self._prompt_log_probs, delta.prompt_log_probs = delta.prompt_log_probs, None
             self._waits_for_prompt = False
@@ -138,6 +151,8 @@ class ChoiceState:
         The token that ended the choice in the engine (end of sequence or a stop token) counts but has no text, unless
         stop strings are to be included.
         """
+        if self._stop is None and output.finish_reason is None and output.log_probs is None:
+            return self._advance_text(output)
         delta = TextDelta(self._index, "", output.token_ids, num_cached_tokens=output.num_cached_tokens)
         delta.prompt_log_probs = output.prompt_log_probs
         delta.error = output.error
@@ -164,6 +179,23 @@ class ChoiceState:
             self._add_log_probs(output, delta, offsets)
         if delta.finish_reason is not None and output.cumulative_log_prob is not None:
             delta.cumulative_log_prob = output.cumulative_log_prob
+        return delta
+
+    def _advance_text(self, output: StepOutput) -> TextDelta:
+        """What nearly every step brings: text that is shown as it is, and no end."""
+        token_ids = output.token_ids
+        push = self._detokenizer.push
+        text = push(token_ids[0]) if len(token_ids) == 1 else "".join(map(push, token_ids))
+        self._num_characters += len(text)
+        self._num_output_tokens += len(token_ids)
+        delta = TextDelta(
+            self._index,
+            text,
+            token_ids,
+            num_cached_tokens=output.num_cached_tokens,
+            num_output_tokens=self._num_output_tokens,
+        )
+        delta.prompt_log_probs = output.prompt_log_probs
         return delta
 
     def _add_log_probs(self, output: StepOutput, delta: TextDelta, offsets: list[int]) -> None:

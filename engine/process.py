@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import faulthandler
 import gc
 import logging
@@ -34,9 +32,11 @@ from quire.engine.messages import (
     StepResult,
     ToEngine,
 )
+from quire.engine.resident_memory import return_unused_memory
 from quire.engine.wire import MAX_FRAME_BYTES, ConnectionClosedError, EngineChannel, WireError
+from quire.kernels.cpu_compiler import compiled_elsewhere
 from quire.sampling_params import InvalidParameterError
-from quire.scheduler.output import SchedulerStats, StepOutput
+from quire.scheduler.output import SchedulerStats, StepOutput, StepOutputs
 from quire.scheduler.request import AdmissionError, Request
 
 ORPHAN_GRACE_SECONDS = 1.0
@@ -61,7 +61,7 @@ class StepEngine(Protocol):
     def add(self, request: Request) -> None: ...
     def abort(self, request_id: str, choice_index: int | None = None) -> None: ...
     def has_work(self) -> bool: ...
-    def step(self) -> list[StepOutput]: ...
+    def step(self) -> StepOutputs: ...
     def stats(self) -> SchedulerStats: ...
     def reset_prefix_cache(self) -> None: ...
 
@@ -75,17 +75,12 @@ def load_engine(config: EngineConfig, progress: Progress) -> StepEngine:
     try:
         from quire.engine.engine import Engine
 
-        return Engine(config, progress)
+        with compiled_elsewhere():
+            return Engine(config, progress)
     finally:
         gc.freeze()  # and would make every full collection a pause of a tenth of a second
         gc.enable()
-        _return_freed_memory()
-
-
-def _return_freed_memory() -> None:
-    """Give the system back what the start used for a moment. The allocator of GNU's C library keeps it otherwise."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
+        return_unused_memory()
 
 
 def serve(fd: int, make_engine: MakeEngine = load_engine) -> ExitCode:
@@ -170,25 +165,25 @@ def _loop(channel: EngineChannel, engine: StepEngine) -> ExitCode:
                 channel.send(StepResult(outputs=part, stats=engine.stats(), started=engine.started, began=began))
         elif messages:
             # Nothing to step for, but aborts and resets changed the gauges that the front process shows.
-            channel.send(StepResult(outputs=[], stats=engine.stats()))
+            channel.send(StepResult(outputs=StepOutputs(), stats=engine.stats()))
 
 
-def in_frames(outputs: list[StepOutput]) -> Iterator[list[StepOutput]]:
+def in_frames(outputs: StepOutputs) -> Iterator[StepOutputs]:
     """Cut one step's outputs so that none is too large for a frame: many scored prompts may end in the same step.
 
     What one prompt takes is bounded when it is admitted, by far less than a frame.
     """
     part: list[StepOutput] = []
-    num_bytes = 0
-    for output in outputs:
+    tokens, num_bytes = outputs.tokens, 0
+    for output in outputs.others:
         if output.prompt_log_probs:
             num_top = len(output.prompt_log_probs[0].top_token_ids)
             num_bytes += len(output.prompt_log_probs) * (MAX_ENTRY_BYTES + num_top * MAX_TOP_BYTES)
             if num_bytes > MAX_SCORES_BYTES and part:
-                yield part
-                part, num_bytes = [], 0
+                yield StepOutputs(tokens, part)
+                tokens, part, num_bytes = [], [], 0
         part.append(output)
-    yield part
+    yield StepOutputs(tokens, part)
 
 
 def _apply(channel: EngineChannel, engine: StepEngine, messages: Iterable[ToEngine]) -> bool:

@@ -1,4 +1,4 @@
-"""The front process's handle on an engine process: the operating system's process and the framed stream to it."""
+"""The front process's handle on an engine process: the operating system's process and the connection to it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import msgspec
-
 import quire
 from quire.config import ExitCode
-from quire.engine.messages import EngineInfo, LoadProgress, Ready, StartFailed, ToFront
-from quire.engine.wire import FrameDecoder, WireError, pack
+from quire.engine.connection import EngineConnection
+from quire.engine.messages import EngineInfo, LoadProgress, Ready, StartFailed
+from quire.engine.wire import WireError
 
 PACKAGE_ROOT = str(Path(quire.__file__).parent.parent)
 _MAIN = (
@@ -31,7 +30,6 @@ in the working directory.
 
 EXIT_SECONDS = 1.0
 """How long a process that has lost its connection has for ending by itself."""
-_READ_BYTES = 64 * 1024
 
 OnProgress = Callable[[LoadProgress], None]
 
@@ -47,14 +45,10 @@ class EngineStartError(Exception):
 class EngineProcess:
     """One running engine process; made by `spawn`, ended by `end`."""
 
-    def __init__(
-        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
-    ) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, connection: EngineConnection) -> None:
         self.pid = process.pid
+        self.connection = connection
         self._process = process
-        self._reader = reader
-        self._writer = writer
-        self._decoder: FrameDecoder[ToFront] = FrameDecoder(ToFront)
 
     @classmethod
     async def spawn(cls, command: Sequence[str]) -> EngineProcess:
@@ -73,8 +67,8 @@ class EngineProcess:
         except OSError as error:
             ours.close()
             raise EngineStartError(f"The engine process cannot be started: {error}", ExitCode.START_FAILED) from error
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
-        return cls(process, reader, writer)
+        _, connection = await asyncio.get_running_loop().create_unix_connection(EngineConnection, sock=ours)
+        return cls(process, connection)
 
     @property
     def how_it_ended(self) -> str:
@@ -83,49 +77,18 @@ class EngineProcess:
             return f"signal {signal.Signals(-code).name}"
         return f"exit code {code}"
 
-    def send(self, message: msgspec.Struct) -> None:
-        """Queue one message; to an engine that is gone nothing is sent.
-
-        Raises:
-            WireError: the message does not fit into a frame.
-        """
-        frame = pack(message)
-        if not self._writer.is_closing():
-            self._writer.write(frame)
-
-    async def drain(self) -> None:
-        """Wait while much is queued. That the engine is gone is found by `receive`, not here."""
-        with contextlib.suppress(ConnectionError):
-            await self._writer.drain()
-
-    async def receive(self) -> list[ToFront] | None:
-        """The messages that have come, perhaps none; None when the engine has closed the connection.
-
-        Raises:
-            WireError: a bad frame, or an end within a frame.
-        """
-        try:
-            data = await self._reader.read(_READ_BYTES)
-        except ConnectionError:
-            data = b""
-        if data:
-            return self._decoder.feed(data)
-        self._decoder.end()
-        return None
-
     async def wait_until_ready(self, on_progress: OnProgress | None) -> EngineInfo:
         try:
-            while (messages := await self.receive()) is not None:
-                for message in messages:
-                    match message:
-                        case LoadProgress():
-                            if on_progress is not None:
-                                on_progress(message)
-                        case Ready(info):
-                            return info
-                        case StartFailed(text, exit_code):
-                            await self.end()
-                            raise EngineStartError(text, exit_code)
+            while (message := await self.connection.receive()) is not None:
+                match message:
+                    case LoadProgress():
+                        if on_progress is not None:
+                            on_progress(message)
+                    case Ready(info):
+                        return info
+                    case StartFailed(text, exit_code):
+                        await self.end()
+                        raise EngineStartError(text, exit_code)
         except WireError as error:
             raise EngineStartError(f"The engine process is not usable: {error}", ExitCode.INTERNAL_ERROR) from error
         await self.end()
@@ -146,11 +109,9 @@ class EngineProcess:
         May be called twice. The grace is for a process that is already about to end: to signal it while asyncio reaps
         it would lose its exit code.
         """
-        self._writer.transport.abort()
+        await self.connection.close()
         await self.wait(grace)
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
         await self._process.wait()
-        with contextlib.suppress(ConnectionError):
-            await self._writer.wait_closed()

@@ -11,7 +11,7 @@ from quire.scheduler.output import ErrorCode, TokenLogProbs
 __all__ = ["TextDelta", "TokenLogProbs", "join", "merge"]
 
 
-class TextDelta(msgspec.Struct):
+class TextDelta(msgspec.Struct, gc=False):
     """What one step brought to one choice, as text.
 
     `text` lags behind `token_ids` while a character is incomplete or a stop string may have begun. The concatenation of

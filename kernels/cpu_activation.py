@@ -98,3 +98,14 @@ def _elementwise(name: str) -> Callable[..., None]:
 # row[i] = row[i] + other[i], and times, for `count` (a multiple of LANES) float32.
 add_row = _elementwise("fadd")
 multiply_row = _elementwise("fmul")
+
+
+@emitted(nothing)
+def round_row(builder: Builder, kinds: Kinds, row: Value, target: Value, count: Value) -> None:
+    """target[i] = row[i], rounded to target's type, for `count` float32."""
+
+    def block(first: Value, _: int, mask: Value | None) -> None:
+        vector = load(builder, at(builder, row, first), mask=mask)
+        lanes.store_rounded(builder, vector, at(builder, target, first), kinds[1].dtype, mask)
+
+    lanes.over_dims(builder, count, 1, block)

@@ -6,8 +6,8 @@ from typing import Any
 
 import numba
 
-from quire.kernels.cpu_activation import NO_ACTIVATION, activate, add_row, multiply_row
-from quire.kernels.cpu_elements import float32_pointer, move, pointer_to, write
+from quire.kernels.cpu_activation import NO_ACTIVATION, activate, add_row, multiply_row, round_row
+from quire.kernels.cpu_elements import float32_pointer, move, pointer_to
 from quire.kernels.cpu_matrix import PANEL
 
 
@@ -34,10 +34,6 @@ def finish_row(
     if gated:
         multiply_row(line, move(line, PANEL // 2), PANEL // 2)
     if out_is_float32:
-        out32 = move(float32_pointer(out), offset)
-        for j in range(width):
-            out32[j] = line[j]
+        round_row(line, move(float32_pointer(out), offset), width)
     else:
-        target = move(pointer_to(out, shared), offset)
-        for j in range(width):
-            write(target, j, line[j])
+        round_row(line, move(pointer_to(out, shared), offset), width)

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from quire.kernels.cpu_elements import F32, I32, I64, Builder, Value, has_feature, widen
+from quire.kernels.cpu_elements import F32, I32, I64, Builder, Value, has_feature, narrow, widen
 
 LANES = 16 if has_feature("avx512f") else 8
 NUM_SUMS = LANES  # vectors that stay in registers as sums: half of the 32 of AVX-512, of the 16 of AVX2
@@ -96,30 +96,40 @@ def store(builder: Builder, vector: Value, pointer: Value) -> None:
     builder.store(vector, builder.bitcast(pointer, vector.type.as_pointer()), align=4)
 
 
-def masked_store(builder: Builder, vector: Value, pointer: Value, mask: Value) -> None:
-    """As `store`; memory outside `mask` is not touched."""
-    vector_pointer = builder.bitcast(pointer, _VECTOR.as_pointer())
-    arguments = [vector, vector_pointer, ir.Constant(I32, 4), mask]
-    call(builder, f"llvm.masked.store.v{LANES}f32.p0", ir.VoidType(), arguments)
-
-
-def store_bytes(builder: Builder, vector: Value, pointer: Value, mask: Value | None) -> None:
-    """Store LANES int8; memory outside `mask` is not touched."""
+def store_elements(builder: Builder, vector: Value, pointer: Value, mask: Value | None) -> None:
+    """Store LANES float32 or integers; memory outside `mask` is not touched."""
+    element = vector.type.element
+    size, name = (4, "f32") if element == F32 else (element.width // 8, str(element))
     vector_pointer = builder.bitcast(pointer, vector.type.as_pointer())
     if mask is None:
-        builder.store(vector, vector_pointer, align=1)
+        builder.store(vector, vector_pointer, align=size)
         return
-    arguments = [vector, vector_pointer, ir.Constant(I32, 1), mask]
-    call(builder, f"llvm.masked.store.v{LANES}i8.p0", ir.VoidType(), arguments)
+    arguments = [vector, vector_pointer, ir.Constant(I32, size), mask]
+    call(builder, f"llvm.masked.store.v{LANES}{name}.p0", ir.VoidType(), arguments)
+
+
+def rounded(builder: Builder, vector: Value, kind: types.Type) -> Value:
+    """float32 with the values that elements of `kind` would have."""
+    return widen(builder, narrow(builder, vector, kind), kind)
+
+
+def store_rounded(builder: Builder, vector: Value, pointer: Value, kind: types.Type, mask: Value | None) -> None:
+    """Store LANES float32 as elements of `kind`; memory outside `mask` is not touched."""
+    store_elements(builder, narrow(builder, vector, kind), pointer, mask)
 
 
 def prefetch(builder: Builder, pointer: Value, count: Value, kind: types.Type) -> None:
-    """Have the lines of `count` elements brought into the cache; any address will do."""
+    """Have the lines of `count` elements brought into the cache's second level; any address will do."""
     line = integer(64 * 8 // kind.bitwidth)
     with cgutils.for_range_slice(builder, integer(0), count, line, I64) as (index, _):
-        address = builder.bitcast(at(builder, pointer, index), ir.IntType(8).as_pointer())
-        read, keep, data = (ir.Constant(I32, option) for option in (0, 3, 1))
-        call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, read, keep, data])
+        prefetch_line(builder, at(builder, pointer, index), locality=2)
+
+
+def prefetch_line(builder: Builder, pointer: Value, locality: int = 3) -> None:
+    """Have the line at `pointer` brought into the cache: all levels, or with `locality` 2 not the first."""
+    address = builder.bitcast(pointer, ir.IntType(8).as_pointer())
+    read, keep, data = (ir.Constant(I32, option) for option in (0, locality, 1))
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, read, keep, data])
 
 
 class Sum:

@@ -34,6 +34,13 @@ PANEL = _NUM_VECTORS * LANES
 MAX_ROWS = 6
 """Rows that share a pass over a panel: with the panel's vectors their sums fill the registers."""
 
+PASSES_AHEAD = 2
+"""Passes over a panel during which another one is brought into the cache, its halves one after the other."""
+_LINE = 32  # elements in a line of the cache, of two bytes
+_LINES_AHEAD = 2 * PANEL // _LINE // PASSES_AHEAD  # for each pair of input features
+AHEAD_STEP = _LINES_AHEAD * _LINE
+_MIN_ROWS_AHEAD = 3  # with fewer rows a pass waits for its own panel
+
 _HAS_PAIR_PRODUCT = has_feature("avx512bf16")
 _VECTOR, _WORDS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 
@@ -57,11 +64,23 @@ def _high_half(builder: Builder, words: Value) -> Value:
     return builder.bitcast(builder.and_(words, ir.Constant(_WORDS, [0xFFFF0000] * LANES)), _VECTOR)
 
 
-def _emit_pairs(builder: Builder, rows: list[Value], panel: Value, depth: Value, sums: list[list[lanes.Sum]]) -> None:
+def _emit_pairs(
+    builder: Builder,
+    rows: list[Value],
+    panel: Value,
+    depth: Value,
+    sums: list[list[lanes.Sum]],
+    ahead: Value,
+    ahead_step: Value,
+) -> None:
     words = builder.bitcast(panel, I32.as_pointer())
     rows = [builder.bitcast(row, I32.as_pointer()) for row in rows]
     with cgutils.for_range(builder, builder.lshr(depth, integer(1)), intp=I64) as loop:
         line = row_at(builder, words, loop.index, integer(PANEL))
+        if len(rows) >= _MIN_ROWS_AHEAD:
+            next_line = row_at(builder, ahead, loop.index, ahead_step)
+            for i in range(_LINES_AHEAD):
+                lanes.prefetch_line(builder, at(builder, next_line, i * _LINE), locality=2)
         vectors = [_load_words(builder, at(builder, line, i * LANES)) for i in range(_NUM_VECTORS)]
         for row, totals in zip(rows, sums, strict=True):
             pair = lanes.splat(builder, builder.load(at(builder, row, loop.index)))
@@ -99,16 +118,30 @@ def _emit_singles(
 
 @emitted(nothing)
 def multiply_panel(
-    builder: Builder, kinds: Kinds, x: Value, x_stride: Value, num_rows: Value, panel: Value, depth: Value, tile: Value
+    builder: Builder,
+    kinds: Kinds,
+    x: Value,
+    x_stride: Value,
+    num_rows: Value,
+    panel: Value,
+    depth: Value,
+    tile: Value,
+    ahead: Value,
+    ahead_step: Value,
 ) -> None:
-    """tile[row, :] = x[row, :depth] @ panel for up to MAX_ROWS rows; tile is float32 [MAX_ROWS, PANEL]."""
+    """tile[row, :] = x[row, :depth] @ panel for up to MAX_ROWS rows; tile is float32 [MAX_ROWS, PANEL].
+
+    Meanwhile half a panel at `ahead` is brought into the cache, if `ahead_step` is AHEAD_STEP and not 0. That is for
+    elements of two bytes: reading a panel takes as long as three or four passes over it, and what is not asked for
+    early is waited for in the first one. (Into the second level: in the first they would drive out the rows.)
+    """
     kind = kinds[0].dtype
     for count in range(1, MAX_ROWS + 1):
         with builder.if_then(builder.icmp_signed("==", num_rows, integer(count))):
             sums = [[lanes.Sum(builder) for _ in range(_NUM_VECTORS)] for _ in range(count)]
             rows = [row_at(builder, x, row, x_stride) for row in range(count)]
             if kind == BFLOAT16:
-                _emit_pairs(builder, rows, panel, depth, sums)
+                _emit_pairs(builder, rows, panel, depth, sums, ahead, ahead_step)
             else:
                 _emit_singles(builder, kind, rows, panel, depth, sums)
             for row, totals in enumerate(sums):

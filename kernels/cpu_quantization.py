@@ -38,7 +38,7 @@ def store_codes(builder: Builder, kinds: Kinds, row: Value, head_dim: Value, cod
         numbers = builder.fmul(load(builder, at(builder, row, dim), kinds[0].dtype, mask), inverse)
         shifted = builder.fadd(numbers, lanes.constant(lanes.ROUND))
         vector = builder.trunc(builder.bitcast(shifted, _INTEGERS), ir.VectorType(ir.IntType(8), LANES))
-        lanes.store_bytes(builder, vector, at(builder, codes, dim), mask)
+        lanes.store_elements(builder, vector, at(builder, codes, dim), mask)
 
     lanes.over_dims(builder, head_dim, 1, convert)
     return builder.fmul(largest, ir.Constant(F32, 1 / LARGEST_CODE))

@@ -59,8 +59,8 @@ _SPINS = 4096  # pauses, some 70 microseconds, before a waiting thread goes to s
 
 # A replay's parameters: their places in the int64 array that its threads share.
 (
-    _ARRIVED,  # threads that have left a kernel, counted on through all kernels
-    _RELEASED,  # kernels that all threads have left
+    _ARRIVED,  # threads that have left the kernel that runs
+    _RELEASED,  # kernels that all threads have left, or that had nothing to do
     _NUM_KERNELS,
     _KERNELS,  # [num_kernels, 3] addresses: prepare, body, parameters
     _TEAM_SIZE,  # omp_get_num_threads, or 0: a single thread replays
@@ -160,7 +160,7 @@ class Recording:
         self._kernels[1:, 2] = ends[:-1]
         self._kernels[:1, 2] = 0
         self._kernels[:, 2] = self.parameters.ctypes.data + 8 * self._kernels[:, 2]
-        fields = [0, 0, len(ends), self._kernels.ctypes.data, team_size_address(), 0, _syscall_address()]
+        fields = [0, 0, len(ends), self._kernels.ctypes.data, 0, 0, _syscall_address()]
         self._replay = np.array(fields, np.int64)
         self._recorded.clear()
 
@@ -172,8 +172,7 @@ class Recording:
         num_threads = min(num_threads, self._max_threads)
         prepare, body = _compiled()
         fork_join = fork_join_address() if num_threads > 1 else 0
-        if not fork_join:
-            self._replay[_TEAM_SIZE] = 0
+        self._replay[_TEAM_SIZE] = team_size_address() if fork_join else 0
         enter(fork_join, prepare, body, self._replay, num_threads)
 
     def profile(self, num_threads: int) -> list[tuple[str, float]]:
@@ -185,6 +184,7 @@ class Recording:
         for index, name in enumerate(self.names):
             alone = self._replay.copy()
             alone[_NUM_KERNELS], alone[_KERNELS] = 1, self._kernels[index].ctypes.data
+            alone[_TEAM_SIZE] = team_size_address() if fork_join else 0
             start = time.perf_counter()
             enter(fork_join, prepare, body, alone, num_threads)
             times.append((name, time.perf_counter() - start))
@@ -264,22 +264,29 @@ def _futex(builder: Builder, kinds: Kinds, syscall: Value, pointer: Value, opera
 
 
 @numba.njit
-def _prepare_kernel(parameters, index):  # type: ignore[no-untyped-def]
-    kernel = move(int64_pointer(parameters[_KERNELS]), 3 * index)
-    int64_pointer(kernel[2])[0] = 0
-    if kernel[0] != 0:
-        call_function(kernel[0], kernel[2])
+def _prepare_from(parameters, index):  # type: ignore[no-untyped-def]
+    """Make kernel `index` ready or, if its `prepare` leaves no work, the first behind it that has some; which one."""
+    while index < parameters[_NUM_KERNELS]:
+        kernel = move(int64_pointer(parameters[_KERNELS]), 3 * index)
+        ticket = int64_pointer(kernel[2])
+        ticket[0] = 0
+        if kernel[0] != 0:
+            call_function(kernel[0], kernel[2])
+        if ticket[0] == 0:
+            break
+        index += 1
+    return index
 
 
 def _prepare(shared: Any) -> None:
     parameters = int64_pointer(shared)
-    parameters[_ARRIVED] = parameters[_RELEASED] = 0
-    _prepare_kernel(parameters, 0)
+    parameters[_ARRIVED] = 0
+    parameters[_RELEASED] = _prepare_from(parameters, 0)
 
 
 @numba.njit
 def _wait(parameters, index):  # type: ignore[no-untyped-def]
-    """Until all threads have left kernel `index`.
+    """Until all threads have left kernel `index`; returns the next one.
 
     Whoever is late has lost its core to another process: a thread that sleeps leaves it its own. It counts itself
     before the kernel of the system looks whether it is to sleep at all, so nobody misses the release.
@@ -293,23 +300,26 @@ def _wait(parameters, index):  # type: ignore[no-untyped-def]
             _add(move(parameters, _SLEEPING), 1)
             _futex(parameters[_SYSCALL], released, _FUTEX_WAIT, index)
             _add(move(parameters, _SLEEPING), -1)
+    return _acquire(released)
 
 
 def _replay(shared: Any) -> None:
     parameters = int64_pointer(shared)
     num_threads = _call_for_number(parameters[_TEAM_SIZE]) if parameters[_TEAM_SIZE] != 0 else 1
     kernels = int64_pointer(parameters[_KERNELS])
-    for index in range(parameters[_NUM_KERNELS]):
+    index = parameters[_RELEASED]
+    while index < parameters[_NUM_KERNELS]:
         call_function(kernels[3 * index + 1], kernels[3 * index + 2])
         # The last to leave a kernel makes the next one ready and lets the others go on.
-        if take(move(parameters, _ARRIVED)) == num_threads * (index + 1) - 1:
-            if index + 1 < parameters[_NUM_KERNELS]:
-                _prepare_kernel(parameters, index + 1)
-            _add(move(parameters, _RELEASED), 1)
+        if take(move(parameters, _ARRIVED)) == num_threads - 1:
+            parameters[_ARRIVED] = 0
+            following = _prepare_from(parameters, index + 1)
+            _add(move(parameters, _RELEASED), following - index)
             if _add(move(parameters, _SLEEPING), 0) > 0:
                 _futex(parameters[_SYSCALL], move(parameters, _RELEASED), _FUTEX_WAKE, _EVERYBODY)
+            index = following
         else:
-            _wait(parameters, index)
+            index = _wait(parameters, index)
 
 
 def _syscall_address() -> int:

@@ -230,7 +230,7 @@ def multiply_row(builder: Builder, kinds: Kinds, row: Value, factors: Value, cou
         if mask is None:
             store(builder, products, target)
         else:
-            lanes.masked_store(builder, products, target, mask)
+            lanes.store_elements(builder, products, target, mask)
 
     lanes.over_dims(builder, count, 1, block)
 

@@ -26,6 +26,7 @@ import torch
 from llvmlite import ir
 from numba import types
 
+from quire.kernels.cpu_compiler import ELSEWHERE
 from quire.kernels.cpu_elements import BFLOAT16, FLOAT16, FLOAT32, Builder, Kinds, Value, emitted, nothing
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,8 @@ class Worker:
 
     `parameters` is an int64 array, shown to the body as a pointer to elements of the dtype: the body is compiled once
     for each dtype, at its first use. The first parameter is zero when the threads enter: the ticket of the next unit
-    of work. `prepare(parameters)` is run before that by one thread alone. Neither must raise.
+    of work. `prepare(parameters)` is run before that by one thread alone; if it leaves another ticket, all units are
+    taken, and a recording passes the kernel over. Neither must raise.
 
     Parameters are used again when a recording is replayed: whatever changes while the body runs, or follows from
     values that tensors hold, is for `prepare` to set.
@@ -137,15 +139,22 @@ def compiled_function(function: Callable[[Any], None], dtype: torch.dtype) -> An
     signature = types.void(types.CPointer(_ELEMENTS[dtype]))
     options = {"nopython": True, "error_model": "numpy"}
     begin = time.perf_counter()
+    name = str(dtype).removeprefix("torch.")
+    directory = _writable_cache_directory()
+    mark = Path(directory) / f"{function.__module__}.{function.__qualname__}.{name}" if directory else None
+    was_compiled = mark is not None and mark.exists()
+    if mark is not None and not was_compiled and ELSEWHERE.compiler is not None:
+        ELSEWHERE.compiler.compile(function, name)
     try:
         with _cache_directory() as usable:
             compiled = numba.cfunc(signature, cache=usable, **options)(function)
+        if mark is not None and not was_compiled:
+            mark.touch()
     except OSError:  # the disk is full, or the directory went away: only the next start pays for it
         compiled = numba.cfunc(signature, **options)(function)
-    if not compiled.cache_hits:
+    if not was_compiled or not compiled.cache_hits:
         operation = function.__module__.removeprefix("quire.kernels.").removesuffix(".cpu")
-        seconds = time.perf_counter() - begin
-        log.info("Compiled %s for %s in %.1f s.", operation, str(dtype).removeprefix("torch."), seconds)
+        log.info("Compiled %s for %s in %.1f s.", operation, name, time.perf_counter() - begin)
     return compiled
 
 

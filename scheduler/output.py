@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal
@@ -133,6 +134,31 @@ class StepOutput:
     """With FinishReason.ERROR: the code of the API's answer."""
     cumulative_log_prob: float | None = None
     """With the finish of a beam: its log-probability, without length penalty."""
+
+
+TokenRow = tuple[str, int, int, int]
+"""(request id, choice index, token id, num_cached_tokens) of a StepOutput with one token and nothing else to tell."""
+
+
+@dataclass(slots=True)
+class StepOutputs:
+    """What one step brought to all choices, each of them once.
+
+    In most steps most choices get one token and go on. An object for each of them would cost as much to make as
+    everything else in update(), and more to send.
+    """
+
+    tokens: list[TokenRow] = field(default_factory=list)
+    others: list[StepOutput] = field(default_factory=list)
+    """Of choices that end, are told log-probabilities, or got no token or several."""
+
+    def __len__(self) -> int:
+        return len(self.tokens) + len(self.others)
+
+    def __iter__(self) -> Iterator[StepOutput]:
+        for request_id, choice_index, token_id, num_cached_tokens in self.tokens:
+            yield StepOutput(request_id, choice_index, [token_id], None, None, num_cached_tokens)
+        yield from self.others
 
 
 @dataclass(slots=True)

@@ -8,6 +8,7 @@ step, so that no prompt delays them by more than what a step may compute.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from quire.config import SchedulerConfig
@@ -25,7 +26,9 @@ from quire.scheduler.output import (
     ScheduledBatch,
     SchedulerStats,
     StepOutput,
+    StepOutputs,
     TokenLogProbs,
+    TokenRow,
 )
 from quire.scheduler.preemption import MAX_PREEMPTIONS, choose_victims
 from quire.scheduler.prompts import Prompts
@@ -195,7 +198,7 @@ class Scheduler:
         sequence.status = WAITING
         self.waiting.push(sequence)
 
-    def update(self, batch: ScheduledBatch, sampled: SampledTokens) -> list[StepOutput]:
+    def update(self, batch: ScheduledBatch, sampled: SampledTokens) -> StepOutputs:
         """Take in what a step computed; what was aborted since schedule() is passed over.
 
         Only here do blocks become findable in the prefix cache: the step that wrote them has retired.
@@ -205,56 +208,47 @@ class Scheduler:
         self.batch = None
         if len(batch.sampling) < len(batch.sequences):
             self._advance_chunks(batch)
-        outputs: list[StepOutput] = []
-        any_ended = False
-        sequences = batch.sequences
+        tokens: list[TokenRow] = []
+        others: list[StepOutput] = []
+        sequences, log_probs = batch.sequences, sampled.log_probs
         without_drafts = batch.sampling[: len(batch.sampling) - len(batch.drafts)]
-        tokens = zip(without_drafts, sampled.token_ids, strict=not batch.drafts)
-        for row, (index, token_id) in enumerate(tokens):
+        rows = zip(without_drafts, sampled.token_ids, strict=not batch.drafts)
+        for row, (index, token_id) in enumerate(rows):
             sequence = sequences[index]
             if sequence.status is not RUNNING:
                 continue
-            if sequence.beam is not None:
-                self.beams.take(sequence, sampled.candidates.get(row), sampled.failures.get(row))
-                if sequence.scoring_depth is not None and row in sampled.candidates:
-                    outputs.append(self.beams.prompt_output(sequence, sampled.prompt_log_probs.get(index)))
-                continue
-            if token_id is None:
-                outputs.append(self._fail(sequence, sampled.failures.get(row, "numerical_error")))
-                any_ended = True
-                continue
             token_ids = sequence.token_ids
             end = len(token_ids)
-            new_token_ids = [token_id] if end < sequence.max_num_tokens else []
-            token_ids += new_token_ids
-            finish_reason = stop_reason = None
-            if end >= sequence.next_review or token_id in sequence.stop_token_ids:
-                finish_reason, stop_reason = self._review(sequence, end)
-            sequence.num_computed_tokens = end
-            output = StepOutput(
-                sequence.request_id,
-                sequence.choice_index,
-                new_token_ids,
-                finish_reason,
-                stop_reason,
-                sequence.num_cached_tokens,
-            )
-            if row in sampled.log_probs:
-                output.log_probs = [sampled.log_probs[row]][: len(new_token_ids)]
-            if sequence.scoring_depth is not None:
-                output.prompt_log_probs = self.end_scoring(sequence, sampled.prompt_log_probs.get(index))
-            outputs.append(output)
-            if finish_reason is not None:
-                self.end_running(sequence)
-                any_ended = True
-        for output in self.speculator.verify(batch, sampled, self._take_tokens):
-            outputs.append(output)
-            any_ended = any_ended or output.finish_reason is not None
-        if any_ended:
+            may_end = end >= sequence.next_review or token_id in sequence.stop_token_ids
+            if may_end or token_id is None or row in log_probs:
+                others += self._take_row(sequence, batch, sampled, row)
+            else:
+                token_ids.append(token_id)
+                sequence.num_computed_tokens = end
+                tokens.append((sequence.request_id, sequence.choice_index, token_id, sequence.num_cached_tokens))
+        others += self.speculator.verify(batch, sampled, self._take_tokens)
+        if any(output.finish_reason is not None for output in others):
             self.running = [sequence for sequence in self.running if sequence.status is RUNNING]
-        outputs += self.beams.advance()
+        others += self.beams.advance()
         self.blocks.pool.check_count()
-        return outputs
+        return StepOutputs(tokens, others)
+
+    def _take_row(
+        self, sequence: Sequence, batch: ScheduledBatch, sampled: SampledTokens, row: int
+    ) -> Iterator[StepOutput]:
+        """Take in a row with more to it than one more token; beams are told nothing before all of them are here."""
+        token_id, prompt_log_probs = sampled.token_ids[row], sampled.prompt_log_probs.get(batch.sampling[row])
+        if sequence.beam is not None:
+            self.beams.take(sequence, sampled.candidates.get(row), sampled.failures.get(row))
+            if sequence.scoring_depth is not None and row in sampled.candidates:
+                yield self.beams.prompt_output(sequence, prompt_log_probs)
+            return
+        output = self._take_tokens(sequence, [token_id], sampled.failures.get(row, "numerical_error"))
+        if row in sampled.log_probs:
+            output.log_probs = [sampled.log_probs[row]][: len(output.token_ids)]
+        if sequence.scoring_depth is not None and token_id is not None:
+            output.prompt_log_probs = self.end_scoring(sequence, prompt_log_probs)
+        yield output
 
     def _take_tokens(self, sequence: Sequence, token_ids: list[int | None], error: ErrorCode) -> StepOutput:
         """Append tokens as so many steps would have done, up to the first that ends the sequence."""
@@ -266,8 +260,9 @@ class Scheduler:
                 failed.token_ids = taken
                 return failed
             end = len(sequence.token_ids)
-            sequence.token_ids.append(token_id)
-            taken.append(token_id)
+            if end < sequence.max_num_tokens:  # a request may ask for none
+                sequence.token_ids.append(token_id)
+                taken.append(token_id)
             if end >= sequence.next_review or token_id in sequence.stop_token_ids:
                 finish_reason, stop_reason = self._review(sequence, end)
             sequence.num_computed_tokens = end
@@ -296,7 +291,7 @@ class Scheduler:
         self, sequence: Sequence, prompt_log_probs: list[TokenLogProbs] | None
     ) -> list[TokenLogProbs] | None:
         """The prompt is computed: the request is told of it once, whichever of its choices came first."""
-        for choice in self.live[sequence.request_id]:
+        for choice in self.live.get(sequence.request_id, ()):
             choice.scoring_depth = None
         return prompt_log_probs
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from quire.engine.delta_queue import Sink
 from quire.engine.text_delta import TextDelta
 from quire.server.answer_log_probs import AnswerLogProbs
 from quire.server.context import RequestState, ServerContext
-from quire.server.generation import BatchSink, DeltaBatch, generate
+from quire.server.generation import DeltaBatch, generate
 from quire.server.lifecycle import OpenRequest
 from quire.server.log_probs import LogProbs, join
 from quire.server.prompts import PromptJob, is_echo_only
@@ -56,23 +57,33 @@ class Plan:
 class Run:
     """The work of one plan."""
 
+    __slots__ = (
+        "_begun",
+        "_has_deltas",
+        "_job",
+        "_log_probs",
+        "_options",
+        "_plan",
+        "_request",
+        "_stream",
+        "open_request",
+        "tally",
+    )
+
     def __init__(self, plan: Plan, open_request: OpenRequest, tally: Tally) -> None:
         self._plan = plan
         self._request = plan.request
+        self._job = plan.jobs[0]
         self.open_request = open_request
         self.tally = tally
         self._options = plan.request.stream_options or StreamOptions()
         self._log_probs = AnswerLogProbs(plan.context, plan.request, plan.echoes)
         self._begun: set[int] = set()
         self._has_deltas = False
-        self._templates: dict[int, ChunkTemplate] = {}
-        """By choice that has begun: of events that tell its text only."""
+        self._stream: EventStream | None = None
 
-    async def _batches(self, sink: BatchSink) -> AsyncGenerator[DeltaBatch, None]:
-        """What the engine says; for a request that only echoes, one end per choice.
-
-        `sink` may take what lies between the first deltas, with which those of the prompt come, and the last.
-        """
+    async def _batches(self, sink: Sink) -> AsyncGenerator[DeltaBatch, None]:
+        """What the engine says; for a request that only echoes, one end per choice."""
         plan, request = self._plan, self._request
         if is_echo_only(request):
             yield [(job, TextDelta(choice, "", [], "length")) for job in plan.jobs for choice in range(plan.n)]
@@ -84,7 +95,7 @@ class Run:
             plan.jobs,
             priority=request.priority or 0,
             cache_salt=salt,
-            sink=lambda batch: self._has_deltas and sink(batch),
+            sink=sink,
         )
         async with aclosing(batches):
             async for batch in batches:
@@ -99,9 +110,10 @@ class Run:
     async def collect(self) -> bytes:
         """The whole answer."""
         plan = self._plan
-        async with aclosing(self._batches(self._keep)) as batches:
+        async with aclosing(self._batches(self._keep_at_once)) as batches:
             async for batch in batches:
-                self._keep(batch)
+                for job, delta in batch:
+                    self._keep(job, delta)
         if not self.tally.all_finished:
             raise RuntimeError("the engine ended a request without finishing it")
         completion = plan.completion(
@@ -113,28 +125,44 @@ class Run:
             completion.effective_params = plan.effective_params()
         return msgspec.json.encode(completion)
 
-    def _keep(self, batch: DeltaBatch) -> bool:
-        for job, delta in batch:
-            choice = self.tally.add(job, delta)
-            choice.texts.append(delta.text)
-            choice.token_ids += delta.token_ids
-            if (log_probs := self._log_probs.of_delta(job, delta)) is not None:
-                choice.log_probs = choice.log_probs or LogProbs([], [], [], [])
-                choice.log_probs.extend(log_probs)
+    def _keep(self, job: PromptJob, delta: TextDelta) -> None:
+        choice = self.tally.add(job, delta)
+        choice.texts.append(delta.text)
+        choice.token_ids += delta.token_ids
+        if (log_probs := self._log_probs.of_delta(job, delta)) is not None:
+            choice.log_probs = choice.log_probs or LogProbs([], [], [], [])
+            choice.log_probs.extend(log_probs)
+
+    def _keep_at_once(self, deltas: list[TextDelta]) -> bool:
+        if not self._is_middle(deltas):
+            return False
+        for delta in deltas:
+            self._keep(self._job, delta)
         return True
+
+    def _write_at_once(self, deltas: list[TextDelta]) -> bool:
+        stream = self._stream
+        if stream is None or not stream.ready() or not self._is_middle(deltas):
+            return False
+        events = b""
+        for delta in deltas:
+            events += self._event(self._job, delta)
+        stream.write_part(events)
+        return True
+
+    def _is_middle(self, deltas: list[TextDelta]) -> bool:
+        """Whether these are neither a choice's last nor the first, with which the prompt's log-probabilities come."""
+        for delta in deltas:
+            if delta.finish_reason is not None:
+                return False
+        return self._has_deltas and bool(deltas)
 
     async def stream(self, stream: EventStream) -> None:
         """One event per choice and step, one write per step; the last write holds the end."""
-
-        def write_at_once(batch: DeltaBatch) -> bool:
-            if not stream.ready():
-                return False
-            stream.write_part(self._events(batch))
-            return True
-
-        async with aclosing(self._batches(write_at_once)) as batches:
+        self._stream = stream
+        async with aclosing(self._batches(self._write_at_once)) as batches:
             async for batch in batches:
-                data = self._events(batch)
+                data = b"".join([self._event(job, delta) for job, delta in batch])
                 if not self.tally.all_finished:
                     if data:
                         await stream.write(data)
@@ -147,15 +175,11 @@ class Run:
                 return
         raise RuntimeError("the engine ended a request without finishing it")
 
-    def _events(self, batch: DeltaBatch) -> bytes:
-        return b"".join([self._event(job, delta) for job, delta in batch])
-
     def _event(self, job: PromptJob, delta: TextDelta) -> bytes:
         tally = self.tally.add(job, delta)
+        if tally.template is not None and delta.finish_reason is None:
+            return tally.template.fill(delta.text)
         index = tally.index
-        template = self._templates.get(index)
-        if template is not None and delta.finish_reason is None:
-            return template.fill(delta.text)
         first = index not in self._begun
         self._begun.add(index)
         echoes = first and bool(self._request.echo)
@@ -176,7 +200,7 @@ class Run:
         if first and index == 0 and self._request.return_effective_params:
             chunk.effective_params = self._plan.effective_params()
         if first and self._tells_text_only():
-            self._templates[index] = ChunkTemplate(self._plan.completion([CompletionChoice(index, "")]))
+            tally.template = ChunkTemplate(self._plan.completion([CompletionChoice(index, "")]))
         return event(msgspec.json.encode(chunk))
 
     def _tells_text_only(self) -> bool:

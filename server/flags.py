@@ -140,7 +140,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         "--max-num-batched-tokens",
         type=scaled_integer,
         metavar="TOKENS",
-        help="token budget of one step (default: 2048 on GPU; on CPU 64 for each thread, from 128 to 2048)",
+        help="token budget of one step (default: 2048 on GPU; on CPU 64 for each thread, "
+        "from 128 to 2048, and half of that for prompts while others decode)",
     )
     scheduler.add_argument(
         "--target-itl-ms",

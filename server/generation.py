@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from quire.engine.client import EngineDeadError, RequestRejected
-from quire.engine.delta_queue import ReaderTooSlowError
+from quire.engine.delta_queue import ReaderTooSlowError, Sink
 from quire.server.errors import ApiError, RejectedByEngine
 from quire.server.prompts import PromptJob
 
@@ -23,8 +23,6 @@ class ClientTooSlowError(Exception):
 
 
 DeltaBatch = list[tuple[PromptJob, "TextDelta"]]
-BatchSink = Callable[[DeltaBatch], bool]
-"""Offered a batch while the reader waits for the next one; True: it has taken it, and it is not yielded."""
 
 
 async def generate(
@@ -33,12 +31,13 @@ async def generate(
     *,
     priority: int,
     cache_salt: str,
-    sink: BatchSink | None = None,
+    sink: Sink | None = None,
 ) -> AsyncGenerator[DeltaBatch, None]:
     """Yield what each engine step brought; an empty batch says that the engine has begun.
 
-    Closing or cancelling it aborts every job in the engine. A `sink` is never offered the end of a choice, nor anything
-    of a request with several jobs, whose steps are gathered first.
+    Closing or cancelling it aborts every job in the engine. A `sink` is offered what a step brings while the reader
+    waits for it; not those of a request with several jobs, whose steps are gathered first. It is to leave the end of a
+    choice to the reader.
 
     Raises:
         ApiError: the engine refuses a job, is not running, or computed what is not a number.
@@ -64,26 +63,11 @@ async def generate(
 
 
 async def _one(
-    client: EngineClient, job: PromptJob, priority: int, cache_salt: str, sink: BatchSink | None = None
+    client: EngineClient, job: PromptJob, priority: int, cache_salt: str, sink: Sink | None = None
 ) -> AsyncGenerator[DeltaBatch, None]:
-    def take(step: list[TextDelta]) -> bool:
-        if sink is None or not step:
-            return False
-        for delta in step:
-            if delta.finish_reason is not None:
-                return False
-        return sink([(job, delta) for delta in step])
-
     # Ids that clients choose may repeat; the engine's own never do.
     request_id = secrets.token_hex(16)
-    deltas = client.generate(
-        request_id,
-        job.token_ids,
-        job.params,
-        priority=priority,
-        cache_salt=cache_salt,
-        sink=take if sink is not None else None,
-    )
+    deltas = client.generate(request_id, job.token_ids, job.params, priority=priority, cache_salt=cache_salt, sink=sink)
     async with aclosing(deltas):
         async for step in deltas:
             yield [(job, delta) for delta in step]

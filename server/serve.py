@@ -20,6 +20,7 @@ from rich.console import Console
 from quire.config import ConfigError, EngineConfig, ExitCode
 from quire.engine.client import EngineClient
 from quire.engine.grammar.compiler import GrammarCompiler
+from quire.engine.resident_memory import return_unused_memory
 from quire.server.footprint import describe_start
 from quire.server.lifecycle import Phase
 from quire.server.loading import LoadingDisplay
@@ -163,6 +164,7 @@ async def _serve_until_drained(
         ready.cancel()
         serving.result()
         return ExitCode.INTERNAL_ERROR
+    return_unused_memory()
     announce(client, settings, listener)
 
     warm_up = asyncio.ensure_future(_warm_up_later(compiler))

@@ -35,6 +35,18 @@ class EventStream:
         parts: writes what stands between head and end without waiting, where the connection can.
     """
 
+    __slots__ = (
+        "_between_writes",
+        "_headers",
+        "_lock",
+        "_parts",
+        "_send",
+        "blocked_since",
+        "ended",
+        "last_write",
+        "started",
+    )
+
     def __init__(self, send: Send, headers: Sequence[tuple[bytes, bytes]], parts: PartWriter | None = None) -> None:
         self._send = send
         self._parts = parts
@@ -46,19 +58,14 @@ class EventStream:
         """Since when a write has been waiting for the client to read."""
         # Comment lines are written beside the stream itself.
         self._lock = asyncio.Lock()
+        self._between_writes = False
 
     def ready(self) -> bool:
         """Whether `write_part` may be called: the stream has begun, and nothing waits to be written before."""
-        return (
-            self._parts is not None
-            and self.started
-            and not self.ended
-            and not self._lock.locked()
-            and self._parts.ready()
-        )
+        return self._between_writes and self._parts is not None and self._parts.ready()
 
     def write_part(self, data: bytes) -> None:
-        """Write at once; only when ready."""
+        """Write in this turn of the event loop; only when ready."""
         if self._parts is None or not data:
             raise RuntimeError("There is nothing to write, or nothing to write to.")
         self.last_write = time.monotonic()
@@ -67,7 +74,10 @@ class EventStream:
     async def write(self, data: bytes, *, end: bool = False) -> None:
         """Write, or wait until the client has read enough; if cancelled while it waits, nothing was written."""
         async with self._lock:
+            if self._parts is not None:
+                self._parts.flush()
             self.last_write = self.blocked_since = time.monotonic()
+            self._between_writes = False
             try:
                 if not self.started:
                     await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
@@ -76,6 +86,7 @@ class EventStream:
                 self.ended = end
             finally:
                 self.blocked_since = None
+                self._between_writes = self.started and not self.ended
 
     async def fail(self, error: ApiError) -> None:
         """End a stream that has begun: the error as an event, then the end that clients wait for."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from quire.server.log_probs import LogProbs
 from quire.server.metrics import Metrics
 from quire.server.prompts import PromptJob
-from quire.server.responses import Usage, usage
+from quire.server.responses import ChunkTemplate, Usage, usage
 
 if TYPE_CHECKING:
     from quire.engine.text_delta import TextDelta
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 class ChoiceTally:
     index: int
     """In the answer."""
+    template: ChunkTemplate | None = None
+    """Of a stream's events that tell this choice's text and nothing else."""
     num_tokens: int = 0
     num_cached_tokens: int = 0
     started_at: float = 0.0
@@ -36,6 +38,17 @@ class ChoiceTally:
 class Tally:
     """Of all choices of all prompts, keyed by the index that the answer gives them."""
 
+    __slots__ = (
+        "_jobs",
+        "_metrics",
+        "_n",
+        "_num_discarded_tokens",
+        "_num_unfinished",
+        "begin",
+        "choices",
+        "last_progress",
+    )
+
     def __init__(self, jobs: list[PromptJob], n: int, metrics: Metrics) -> None:
         self._jobs = jobs
         self._n = n
@@ -50,10 +63,16 @@ class Tally:
 
     def add(self, job: PromptJob, delta: TextDelta) -> ChoiceTally:
         """Account for one delta; its text and token ids are kept by whoever needs them."""
-        choice = self.choices[self.index(job, delta.choice_index)]
+        choice = self.choices[delta.choice_index + job.prompt_index * self._n]
         now = self.last_progress = time.monotonic()
-        if delta.num_output_tokens > choice.num_tokens:
-            self._observe_tokens(job, delta, choice, now)
+        num_new_tokens = delta.num_output_tokens - choice.num_tokens
+        if num_new_tokens > 0:
+            if choice.num_tokens:
+                self._metrics.inter_token_latency.observe(now - choice.last_token_at)
+            else:
+                self._observe_first_token(job, delta, choice, now)
+            self._metrics.generation_tokens.inc(num_new_tokens)
+            choice.last_token_at = now
         elif not delta.num_output_tokens and delta.choice_index == 0 and delta.started_at is not None:
             self._observe_prompt(job, delta)
         choice.num_tokens = delta.num_output_tokens
@@ -97,20 +116,15 @@ class Tally:
             if not choice.finished:
                 self._metrics.finished("abort")
 
-    def _observe_tokens(self, job: PromptJob, delta: TextDelta, choice: ChoiceTally, now: float) -> None:
+    def _observe_first_token(self, job: PromptJob, delta: TextDelta, choice: ChoiceTally, now: float) -> None:
         metrics = self._metrics
-        if choice.num_tokens:
-            metrics.inter_token_latency.observe(now - choice.last_token_at)
-        else:
-            choice.first_token_at = now
-            choice.started_at = now if delta.started_at is None else delta.started_at
-            metrics.time_to_first_token.observe(now - self.begin)
-            metrics.queue_time.observe(max(0.0, choice.started_at - self.begin))
-            metrics.prefill_time.observe(now - choice.started_at)
-            if delta.choice_index == 0:
-                self._observe_prompt(job, delta)
-        metrics.generation_tokens.inc(delta.num_output_tokens - choice.num_tokens)
-        choice.last_token_at = now
+        choice.first_token_at = now
+        choice.started_at = now if delta.started_at is None else delta.started_at
+        metrics.time_to_first_token.observe(now - self.begin)
+        metrics.queue_time.observe(max(0.0, choice.started_at - self.begin))
+        metrics.prefill_time.observe(now - choice.started_at)
+        if delta.choice_index == 0:
+            self._observe_prompt(job, delta)
 
     def _observe_prompt(self, job: PromptJob, delta: TextDelta) -> None:
         self._metrics.prompt_tokens.inc(len(job.token_ids))

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from measuring import loads, processes
 from measuring.http_client import Target, model_name, run_load
+from measuring.loads import LoadRequest
 from measuring.processes import CpuMeter, CpuUse
 from measuring.summary import Record, Summary, from_json, summarize
 
@@ -141,10 +142,14 @@ class Server:
     def run(self, load: Load, word_ids: list[int]) -> Run:
         if self._process is None:
             self.begin(word_ids)
-        assert self._process is not None
         requests = loads.make_requests(word_ids, load.name, load.repeat, load.rate)
+        return self.send(requests, loads.concurrency(load.name))
+
+    def send(self, requests: list[LoadRequest], concurrency: int | None) -> Run:
+        """Any requests, to the server that has begun; see `run_load`."""
+        assert self._process is not None
         meter = CpuMeter(self._process.pid)
-        records, wall = run_load(self._target, requests, loads.concurrency(load.name))
+        records, wall = run_load(self._target, requests, concurrency)
         return Run(summarize(records, wall), meter.stop(), records)
 
     def rest(self) -> None:

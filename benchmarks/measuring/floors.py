@@ -26,6 +26,8 @@ from quire.config import ConfigError
 from quire.models.config import ModelConfig
 from quire.models.safetensors_file import TensorEntry, read_entries
 
+QUANTIZED_BYTES = {"int8": 1.0, "int4": 0.5 + 2 / 128}
+"""Of a weight of a linear layer, with its part of a group's scale; those of whole rows are not worth counting."""
 LOOKED_UP = ("embed_tokens.weight", "wte.weight", "wpe.weight")
 """Embeddings, of which a step reads one row a token; a tied one is the head as well."""
 
@@ -62,12 +64,15 @@ class ModelCost:
     layer_windows: tuple[int | None, ...]
 
     @classmethod
-    def of(cls, directory: Path, item_bytes: int, kv_item_bytes: int | None = None) -> ModelCost:
+    def of(
+        cls, directory: Path, item_bytes: int, kv_item_bytes: int | None = None, quantization: str | None = None
+    ) -> ModelCost:
         """Read it from config.json and the headers of the weights.
 
         Args:
-            item_bytes: of a weight as it is kept in memory.
+            item_bytes: of a weight as it is kept in memory, if it is not quantized.
             kv_item_bytes: of an element of the KV-cache; None: as the weights.
+            quantization: "int8" or "int4": of the linear layers; the head then has 8 bits.
 
         Raises:
             SystemExit: in one line, if the checkpoint cannot be read.
@@ -84,10 +89,13 @@ class ModelCost:
         looked_up = {name for name in matrices if name.endswith(LOOKED_UP)}
         head = config.vocab_size * config.hidden_size
         heads = {name for name in matrices if name.endswith("lm_head.weight")}
-        read = sum(sizes.values()) - sum(sizes[name] for name in looked_up | heads) + head
+        linear = sum(sizes[name] for name in matrices - looked_up - heads)
+        vectors = sum(sizes[name] for name in sizes.keys() - matrices)
+        layer_bytes = QUANTIZED_BYTES.get(quantization or "", item_bytes)
+        head_bytes = item_bytes if quantization is None else QUANTIZED_BYTES["int8"]
         return cls(
-            weight_bytes=read * item_bytes,
-            linear_weights=sum(sizes[name] for name in matrices - looked_up - heads),
+            weight_bytes=round(linear * layer_bytes + head * head_bytes + vectors * item_bytes),
+            linear_weights=linear,
             head_weights=head,
             kv_bytes_per_token=2 * config.num_kv_heads * config.head_dim * (kv_item_bytes or item_bytes),
             query_size=config.num_heads * config.head_dim,

@@ -29,7 +29,7 @@ from quire.kernels.cpu_recording import Recording
 from quire.kernels.cpu_workers import Worker
 from quire.models.layers.embedding import Embedding
 from quire.models.layers.linear import PackedLinear, TorchLinear
-from quire.scheduler.output import ScheduledBatch, StepOutput
+from quire.scheduler.output import ScheduledBatch, StepOutputs
 from quire.scheduler.scheduler import Scheduler
 
 REST = "engine, rest"
@@ -162,10 +162,10 @@ class StepProfile:
         return kept
 
     def _time_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(engine: Engine) -> list[StepOutput]:
+        def timed(engine: Engine) -> StepOutputs:
             self._file()
             with self._timers.time(REST):
-                outputs: list[StepOutput] = step(engine)
+                outputs: StepOutputs = step(engine)
             with self._timers.time("encode"):
                 frame = pack(StepResult(outputs=outputs, stats=engine.stats(), started=engine.started))
             with self._timers.time("front: decode"):

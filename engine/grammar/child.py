@@ -22,6 +22,7 @@ from quire.engine.grammar.compiled import CompiledGrammar
 from quire.engine.grammar.matcher import GrammarMatcher
 from quire.engine.grammar.messages import Check, Start, ToChild, Verdict
 from quire.engine.grammar.vocabulary import GrammarVocabulary, token_ids
+from quire.engine.resident_memory import return_unused_memory
 from quire.engine.wire import FrameDecoder, pack
 from quire.grammar import GrammarError
 
@@ -50,6 +51,7 @@ def serve(sock: socket.socket) -> None:
             if isinstance(message, Start):
                 try:
                     vocabulary = GrammarVocabulary(message.directory, message.vocab_size, message.eos_token_ids)
+                    return_unused_memory()
                     verdict = Verdict()
                 except ConfigError as error:
                     verdict = Verdict("structured_output_unavailable", str(error))

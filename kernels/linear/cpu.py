@@ -1,4 +1,4 @@
-"""Linear layers on the CPU: threads take panels of packed weights, and blocks of rows, one after another."""
+"""Linear layers on the CPU: each thread takes panels of packed weights, and blocks of rows, one after another."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from quire.kernels.cpu_activation import CODES, NO_ACTIVATION, activate, add_row, multiply_row
-from quire.kernels.cpu_elements import float32_pointer, int64_pointer, move, pointer_to, take, write
-from quire.kernels.cpu_matrix import MAX_ROWS, PANEL, multiply_panel, new_tile
-from quire.kernels.cpu_workers import Worker, new_tensor
+from quire.kernels.cpu_activation import CODES, NO_ACTIVATION
+from quire.kernels.cpu_elements import int64_pointer, move, pointer_to, take
+from quire.kernels.cpu_epilogue import finish_row
+from quire.kernels.cpu_matrix import AHEAD_STEP, MAX_ROWS, PANEL, PASSES_AHEAD, multiply_panel, new_tile
+from quire.kernels.cpu_ranges import enter_ranges, open_ranges, state_bytes, take_unit
+from quire.kernels.cpu_workers import Worker, new_tensor, scratch
 
 if TYPE_CHECKING:
     from quire.kernels.linear import Activation, PackedWeight
@@ -20,7 +22,7 @@ _MIN_PRODUCTS = 65536  # multiplications that are worth a second thread
 
 # A call's parameters: their places in the int64 array that its threads share. Strides are in elements.
 (
-    TICKET,  # the next unit of work
+    TICKET,
     X,
     X_STRIDE,
     WEIGHT,
@@ -34,52 +36,63 @@ _MIN_PRODUCTS = 65536  # multiplications that are worth a second thread
     PANEL_STRIDE,
     ACTIVATION,
     GATED,
-) = range(14)
+    NUM_RANGES,
+    RANGES,
+) = range(16)
+
+
+def _prepare(shared: Any) -> None:
+    parameters = int64_pointer(shared)
+    open_ranges(int64_pointer(parameters[RANGES]), parameters[NUM_RANGES])
 
 
 def _multiply(shared: Any) -> None:
     parameters = int64_pointer(shared)
     num_rows, depth, gated = parameters[NUM_ROWS], parameters[IN_FEATURES], parameters[GATED]
-    x_stride, out_features, activation = parameters[X_STRIDE], parameters[OUT_FEATURES], parameters[ACTIVATION]
+    x_stride, out_features, bias = parameters[X_STRIDE], parameters[OUT_FEATURES], parameters[BIAS]
     x, weight = pointer_to(parameters[X], shared), pointer_to(parameters[WEIGHT], shared)
     features_per_panel = PANEL // 2 if gated else PANEL
     tile = new_tile()
     num_blocks = -(-num_rows // _ROWS_PER_UNIT)
     num_units = parameters[NUM_PANELS] * num_blocks
-    unit = take(parameters)
+    ranges, num_ranges = int64_pointer(parameters[RANGES]), parameters[NUM_RANGES]
+    thread = enter_ranges(ranges)
+    unit = take_unit(ranges, num_ranges, thread, num_units)
     while unit < num_units:
+        following = take_unit(ranges, num_ranges, thread, num_units)
         panel, block = divmod(unit, num_blocks)
         first_feature = panel * features_per_panel
         width = min(features_per_panel, out_features - first_feature)
         row, end = block * _ROWS_PER_UNIT, min((block + 1) * _ROWS_PER_UNIT, num_rows)
         num_passes = -(-(end - row) // MAX_ROWS)
         panel_weight = move(weight, panel * parameters[PANEL_STRIDE])
+        next_panel = move(weight, following // num_blocks * parameters[PANEL_STRIDE])
+        reads_ahead = following < num_units and num_passes >= PASSES_AHEAD
         while row < end:
             count = -(-(end - row) // num_passes)  # as even as can be
-            multiply_panel(move(x, row * x_stride), x_stride, count, panel_weight, depth, tile)
+            ahead, step = panel_weight, 0
+            if reads_ahead and num_passes <= PASSES_AHEAD:
+                ahead = move(next_panel, (PASSES_AHEAD - num_passes) * (parameters[PANEL_STRIDE] // PASSES_AHEAD))
+                step = AHEAD_STEP
+            multiply_panel(move(x, row * x_stride), x_stride, count, panel_weight, depth, tile, ahead, step)
             for i in range(count):
-                line = move(tile, i * PANEL)
-                if parameters[BIAS] != 0:
-                    add_row(line, move(float32_pointer(parameters[BIAS]), panel * PANEL), PANEL)
-                if activation != NO_ACTIVATION:
-                    activate(line, features_per_panel, activation)
-                if gated:
-                    multiply_row(line, move(line, PANEL // 2), PANEL // 2)
-                offset = (row + i) * out_features + first_feature
-                if parameters[OUT_IS_FLOAT32]:
-                    out32 = move(float32_pointer(parameters[OUT]), offset)
-                    for j in range(width):
-                        out32[j] = line[j]
-                else:
-                    out = move(pointer_to(parameters[OUT], shared), offset)
-                    for j in range(width):
-                        write(out, j, line[j])
+                finish_row(
+                    shared,
+                    move(tile, i * PANEL),
+                    bias + panel * PANEL * 4 if bias != 0 else 0,
+                    parameters[ACTIVATION],
+                    gated,
+                    parameters[OUT],
+                    parameters[OUT_IS_FLOAT32],
+                    (row + i) * out_features + first_feature,
+                    width,
+                )
             row += count
             num_passes -= 1
-        unit = take(parameters)
+        unit = following
 
 
-WORKER = Worker(_multiply)
+WORKER = Worker(_multiply, _prepare)
 
 
 def linear(
@@ -91,17 +104,18 @@ def linear(
 ) -> torch.Tensor:
     num_rows, depth = x.shape
     out = new_tensor((num_rows, weight.out_features), out_dtype)
-    num_panels = weight.data.shape[0]
+    num_panels, num_threads = weight.data.shape[0], torch.get_num_threads()
     parameters = np.array(
         [
             *(0, x.data_ptr(), x.stride(0), weight.data.data_ptr(), 0 if bias is None else bias.data_ptr()),
             *(out.data_ptr(), out_dtype == torch.float32 != x.dtype, num_rows, depth, weight.out_features, num_panels),
             *(weight.data.stride(0), NO_ACTIVATION if activation is None else CODES[activation], weight.gated),
+            *(num_threads, scratch(state_bytes(num_threads))),
         ],
         np.int64,
     )
     is_small = num_rows * num_panels * PANEL * depth < _MIN_PRODUCTS
-    WORKER.run(x.dtype, parameters, 1 if is_small else torch.get_num_threads())
+    WORKER.run(x.dtype, parameters, 1 if is_small else num_threads)
     return out
 
 

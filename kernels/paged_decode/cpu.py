@@ -104,12 +104,14 @@ def _multiply_scales(parameters, scales, block_id, first, last, lines, stride): 
 
 @numba.njit(inline="always")
 def _attend_chunk(  # type: ignore[no-untyped-def]
-    parameters, keys, values, k_scales, v_scales, table, start, first, last, num_blocks, queries, scores, partial
-):
-    """Attention over the positions [first, last) of the chunk at `start`.
+    parameters, keys, values, k_scales, v_scales, table, start, first, last, queries, scores, partial,
+    end_block, next_keys, next_table, next_block, next_last_block,
+):  # fmt: skip
+    """Attention over the positions [first, last) of the chunk at `start`, of a unit that ends before `end_block`.
 
-    While a block is worked on, the next one is on its way into the cache: blocks are too short for the hardware to see
-    a pattern.
+    While a block of keys is worked on, that of values is on its way into the cache, and meanwhile with this one the
+    block of keys that this thread comes to a chunk later: of this unit, or of the next, which has the blocks of
+    `next_table` from `next_block` to `next_last_block`. Blocks are too short for the hardware to see a pattern.
     """
     num_heads, head_dim = parameters[call.GROUP_SIZE], parameters[call.HEAD_DIM]
     block_size = parameters[call.BLOCK_SIZE]
@@ -117,15 +119,10 @@ def _attend_chunk(  # type: ignore[no-untyped-def]
     first_block, last_block = first // block_size, (last - 1) // block_size
     for block in range(first_block, last_block + 1):
         begin = block * block_size
-        following = (
-            _block(parameters, keys, table, block + 1)
-            if block < last_block
-            else _block(parameters, values, table, first_block)
-        )
         low, high = max(first - begin, 0), min(last - begin, block_size)
         vector.dot_tokens(
             queries, padded_dim, num_heads, _block(parameters, keys, table, block), head_dim, block_size,
-            low, high, move(scores, begin - start), stride, following,
+            low, high, move(scores, begin - start), stride, _block(parameters, values, table, block),
         )  # fmt: skip
         _multiply_scales(parameters, k_scales, table[block], low, high, move(scores, begin - start + low), stride)
 
@@ -144,17 +141,17 @@ def _attend_chunk(  # type: ignore[no-untyped-def]
 
     for block in range(first_block, last_block + 1):
         begin = block * block_size
-        following = (
-            _block(parameters, values, table, block + 1)
-            if block < last_block
-            else _block(parameters, keys, table, min(block + 1, num_blocks - 1))
-        )
+        later = block + parameters[CHUNK_SIZE] // block_size
+        if later < end_block:
+            ahead = _block(parameters, keys, table, later)
+        else:
+            ahead = _block(parameters, next_keys, next_table, min(next_block + later - end_block, next_last_block))
         low, high = max(first - begin, 0), min(last - begin, block_size)
         weights = move(scores, begin - start + low)
         _multiply_scales(parameters, v_scales, table[block], low, high, weights, stride)
         vector.add_weighted(
             weights, stride, num_heads, move(_block(parameters, values, table, block), low * head_dim), head_dim,
-            high - low, partial, padded_dim, following,
+            high - low, partial, padded_dim, ahead,
         )  # fmt: skip
 
 
@@ -174,7 +171,23 @@ def _join(total, partial, num_heads, head_dim):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(inline="always")
-def _attend_unit(parameters, shared, page, seq, kv_head, part, units_per_head, scratch):  # type: ignore[no-untyped-def]
+def _blocks(parameters, page, seq, kv_head, part):  # type: ignore[no-untyped-def]
+    """Of the `part`-th unit of a sequence and KV head: its keys' head, block table, first block and last block."""
+    block_size, chunk_size = parameters[call.BLOCK_SIZE], parameters[CHUNK_SIZE]
+    seq_len = np.int64(int32_pointer(parameters[call.SEQ_LENS])[seq])
+    first_chunk, _ = _chunks(seq_len, parameters[call.WINDOW], chunk_size)
+    begin = (first_chunk + part * parameters[CHUNKS_PER_UNIT]) * chunk_size
+    end = min(begin + parameters[CHUNKS_PER_UNIT] * chunk_size, seq_len)
+    begin = max(begin, seq_len - parameters[call.WINDOW])
+    keys = move(pointer_to(parameters[call.KEYS], page), kv_head * parameters[call.HEAD_STRIDE])
+    table = move(int32_pointer(parameters[call.TABLES]), seq * parameters[call.TABLE_STRIDE])
+    return keys, table, begin // block_size, (end - 1) // block_size
+
+
+@numba.njit(inline="always")
+def _attend_unit(  # type: ignore[no-untyped-def]
+    parameters, shared, page, seq, kv_head, part, units_per_head, scratch, next_seq, next_kv_head, next_part
+):
     """The `part`-th unit of a sequence and KV head. Whoever finishes the last one of them joins their chunks."""
     num_heads, head_dim = parameters[call.GROUP_SIZE], parameters[call.HEAD_DIM]
     chunk_size, chunks_per_unit = parameters[CHUNK_SIZE], parameters[CHUNKS_PER_UNIT]
@@ -189,12 +202,11 @@ def _attend_unit(parameters, shared, page, seq, kv_head, part, units_per_head, s
         first_partial = int64_pointer(parameters[FIRST_PARTIALS])[seq] + kv_head * num_chunks
         total = move(float32_pointer(parameters[PARTIALS]), first_partial * partial_size)
 
-    table = move(int32_pointer(parameters[call.TABLES]), seq * parameters[call.TABLE_STRIDE])
-    keys = move(pointer_to(parameters[call.KEYS], page), kv_head * parameters[call.HEAD_STRIDE])
+    keys, table, _, last_block = _blocks(parameters, page, seq, kv_head, part)
+    next_keys, next_table, next_block, next_last_block = _blocks(parameters, page, next_seq, next_kv_head, next_part)
     values = move(pointer_to(parameters[call.VALUES], page), kv_head * parameters[call.HEAD_STRIDE])
     k_scales = parameters[call.K_SCALES] + 4 * kv_head * parameters[call.SCALES_HEAD_STRIDE]
     v_scales = parameters[call.V_SCALES] + 4 * kv_head * parameters[call.SCALES_HEAD_STRIDE]
-    num_blocks = (seq_len - 1) // parameters[call.BLOCK_SIZE] + 1
     call.load_queries(parameters, shared, seq, 1, kv_head, queries)
     for chunk in range(part * chunks_per_unit, min((part + 1) * chunks_per_unit, num_chunks)):
         start = (first_chunk + chunk) * chunk_size
@@ -211,10 +223,14 @@ def _attend_unit(parameters, shared, page, seq, kv_head, part, units_per_head, s
             start,
             first,
             last,
-            num_blocks,
             queries,
             scores,
             partial,
+            last_block + 1,
+            next_keys,
+            next_table,
+            next_block,
+            next_last_block,
         )
         if units_per_head == 1 and chunk > 0:
             _join(total, partial, num_heads, head_dim)
@@ -227,6 +243,16 @@ def _attend_unit(parameters, shared, page, seq, kv_head, part, units_per_head, s
     call.store_results(parameters, shared, seq, 1, kv_head, total, move(total, divisors))
 
 
+@numba.njit
+def _locate(first_units, num_kv_heads, seq, unit):  # type: ignore[no-untyped-def]
+    """Sequence (`seq` or a later one), KV head and part of a unit, and how many units such a head has."""
+    while unit >= first_units[seq + 1]:
+        seq += 1
+    units_per_head = (first_units[seq + 1] - first_units[seq]) // num_kv_heads
+    kv_head, part = divmod(unit - first_units[seq], units_per_head)
+    return seq, kv_head, part, units_per_head
+
+
 @numba.njit(inline="always")
 def _share_out(shared, page):  # type: ignore[no-untyped-def]
     """`shared` points to elements of the query's dtype, `page` to such as the cache holds."""
@@ -234,13 +260,16 @@ def _share_out(shared, page):  # type: ignore[no-untyped-def]
     thread = take(move(parameters, call.THREAD))
     scratch = int64_pointer(parameters[SCRATCH] + 8 * thread * parameters[SCRATCH_SIZE])
     first_units, num_kv_heads = int64_pointer(parameters[FIRST_UNITS]), parameters[call.NUM_KV_HEADS]
-    unit = take(parameters)
-    for seq in range(parameters[call.NUM_SEQS]):
-        units_per_head = (first_units[seq + 1] - first_units[seq]) // num_kv_heads
-        while unit < first_units[seq + 1]:
-            kv_head, part = divmod(unit - first_units[seq], units_per_head)
-            _attend_unit(parameters, shared, page, seq, kv_head, part, units_per_head, scratch)
-            unit = take(parameters)
+    num_seqs, seq, unit = parameters[call.NUM_SEQS], 0, take(parameters)
+    while unit < first_units[num_seqs]:
+        seq, kv_head, part, units_per_head = _locate(first_units, num_kv_heads, seq, unit)
+        following = take(parameters)
+        # The last one has none to follow: then it is itself that is looked for, in the cache already.
+        after = _locate(first_units, num_kv_heads, seq, following if following < first_units[num_seqs] else unit)
+        _attend_unit(
+            parameters, shared, page, seq, kv_head, part, units_per_head, scratch, after[0], after[1], after[2]
+        )
+        unit = following
 
 
 def _attend(shared: Any) -> None:

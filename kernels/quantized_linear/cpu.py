@@ -1,9 +1,14 @@
-"""Quantized linear layers on the CPU: one kernel quantizes the inputs, a second one multiplies."""
+"""Quantized linear layers on the CPU: one kernel quantizes the inputs, a second one multiplies.
+
+Of few rows each thread quantizes all inputs for itself, which takes less than waiting for the others: the first kernel
+has nothing to do then.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numba
 import numpy as np
 import torch
 
@@ -21,12 +26,14 @@ from quire.kernels.cpu_quantized import (
     new_tile,
     quantize_group,
 )
-from quire.kernels.cpu_workers import Worker, new_tensor
+from quire.kernels.cpu_ranges import enter_ranges, open_ranges, state_bytes, take_unit
+from quire.kernels.cpu_workers import Worker, new_tensor, scratch
 
 if TYPE_CHECKING:
     from quire.kernels.linear import Activation
     from quire.kernels.quantized_linear import QuantizedWeight
 
+_OWN_ROWS = 3  # so many at most are quantized by each thread
 _GROUPS_PER_UNIT = 8
 _FACTOR_BYTES = 8  # of a row's group: its scale and the sum of its inputs
 _MIN_PRODUCTS = 65536  # multiplications that are worth a second thread
@@ -34,7 +41,7 @@ _ZERO_POINT = ZERO_POINTS[8]
 
 # The parameters of both kernels: their places in the int64 array that the threads share. Strides are in elements.
 (
-    TICKET,  # the next unit of work
+    TICKET,  # the next unit of the first kernel
     X,
     X_STRIDE,
     INPUTS,  # [num_groups, num_rows, group_size * GROUP_BYTES] bytes: the quantized x
@@ -54,70 +61,108 @@ _ZERO_POINT = ZERO_POINTS[8]
     PANEL_BYTES,
     ACTIVATION,
     GATED,
-) = range(20)
+    NUM_RANGES,
+    RANGES,  # the second kernel's work
+    OWN,  # as INPUTS and FACTORS, for _OWN_ROWS rows and each thread
+    OWN_BYTES,  # of each thread
+) = range(24)
+
+
+def _prepare_quantize(shared: Any) -> None:
+    parameters = int64_pointer(shared)
+    if parameters[NUM_ROWS] <= _OWN_ROWS:
+        parameters[TICKET] = parameters[NUM_ROWS] * parameters[NUM_GROUPS]  # all are taken
+
+
+@numba.njit
+def _quantize_groups(parameters, shared, row, first_group, last_group, inputs, factors):  # type: ignore[no-untyped-def]
+    """The groups [first_group, last_group) of a row of x."""
+    group_size = parameters[GROUP_SIZE]
+    x = move(pointer_to(parameters[X], shared), row * parameters[X_STRIDE])
+    for group in range(first_group, last_group):
+        first, place = group * group_size, group * parameters[NUM_ROWS] + row
+        quantize_group(
+            move(x, first),
+            min(group_size, parameters[IN_FEATURES] - first),
+            inputs + place * group_size * GROUP_BYTES,
+            factors + place * _FACTOR_BYTES,
+        )
 
 
 def _quantize(shared: Any) -> None:
     parameters = int64_pointer(shared)
-    num_rows, group_size, num_groups = parameters[NUM_ROWS], parameters[GROUP_SIZE], parameters[NUM_GROUPS]
+    num_groups = parameters[NUM_GROUPS]
     num_chunks = -(-num_groups // _GROUPS_PER_UNIT)
     unit = take(parameters)
-    while unit < num_rows * num_chunks:
+    while unit < parameters[NUM_ROWS] * num_chunks:
         row, chunk = divmod(unit, num_chunks)
-        x = move(pointer_to(parameters[X], shared), row * parameters[X_STRIDE])
-        for group in range(chunk * _GROUPS_PER_UNIT, min((chunk + 1) * _GROUPS_PER_UNIT, num_groups)):
-            first, place = group * group_size, group * num_rows + row
-            quantize_group(
-                move(x, first),
-                min(group_size, parameters[IN_FEATURES] - first),
-                parameters[INPUTS] + place * group_size * GROUP_BYTES,
-                parameters[FACTORS] + place * _FACTOR_BYTES,
-            )
+        first, last = chunk * _GROUPS_PER_UNIT, min((chunk + 1) * _GROUPS_PER_UNIT, num_groups)
+        _quantize_groups(parameters, shared, row, first, last, parameters[INPUTS], parameters[FACTORS])
         unit = take(parameters)
+
+
+@numba.njit
+def _multiply_tile(parameters, panel, first_row, count, inputs, factors, tile):  # type: ignore[no-untyped-def]
+    """tile[:count] = the sums of a panel for the rows from `first_row`."""
+    num_rows, num_groups, bits = parameters[NUM_ROWS], parameters[NUM_GROUPS], parameters[BITS]
+    depth, group_size, scales = parameters[IN_FEATURES], parameters[GROUP_SIZE], parameters[SCALES]
+    features_per_line = 32 // bits
+    group_bytes = group_size // features_per_line * PANEL * 4
+    weight = parameters[WEIGHT] + panel * parameters[PANEL_BYTES]
+    for i in range(count * PANEL):
+        tile[i] = 0.0
+    for group in range(num_groups):
+        size = min(group_size, depth - group * group_size)
+        for row in range(0, count, ROWS_TOGETHER):
+            place = group * num_rows + first_row + row
+            multiply_group(
+                bits,
+                inputs + place * group_size * GROUP_BYTES,
+                factors + place * _FACTOR_BYTES,
+                min(ROWS_TOGETHER, count - row),
+                group_size,
+                -(-size // features_per_line),
+                weight + group * group_bytes,
+                row == ROWS_TOGETHER and count > 2 * ROWS_TOGETHER,
+                scales + (panel * num_groups + group) * PANEL * 2,
+                move(tile, row * PANEL),
+            )
+    if bits == 8:
+        for row in range(count):
+            multiply_row(move(tile, row * PANEL), move(float32_pointer(scales), panel * PANEL), PANEL)
+
+
+def _prepare_multiply(shared: Any) -> None:
+    parameters = int64_pointer(shared)
+    open_ranges(int64_pointer(parameters[RANGES]), parameters[NUM_RANGES])
 
 
 def _multiply(shared: Any) -> None:
     parameters = int64_pointer(shared)
     num_rows, gated, out_features = parameters[NUM_ROWS], parameters[GATED], parameters[OUT_FEATURES]
-    group_size, num_groups, bits = parameters[GROUP_SIZE], parameters[NUM_GROUPS], parameters[BITS]
-    features_per_line = 32 // bits
-    group_bytes = group_size // features_per_line * PANEL * 4
     features_per_panel = PANEL // 2 if gated else PANEL
+    ranges, num_ranges = int64_pointer(parameters[RANGES]), parameters[NUM_RANGES]
+    thread = enter_ranges(ranges)
+    inputs, factors = parameters[INPUTS], parameters[FACTORS]
+    if num_rows <= _OWN_ROWS:
+        num_groups = parameters[NUM_GROUPS]
+        inputs = parameters[OWN] + thread * parameters[OWN_BYTES]
+        factors = inputs + num_rows * num_groups * parameters[GROUP_SIZE] * GROUP_BYTES
+        for row in range(num_rows):
+            _quantize_groups(parameters, shared, row, 0, num_groups, inputs, factors)
     tile = new_tile()
     num_blocks = -(-num_rows // ROWS_PER_TILE)
-    unit = take(parameters)
-    while unit < parameters[NUM_PANELS] * num_blocks:
+    num_units = parameters[NUM_PANELS] * num_blocks
+    unit = take_unit(ranges, num_ranges, thread, num_units)
+    while unit < num_units:
         panel, block = divmod(unit, num_blocks)
-        first_row = block * ROWS_PER_TILE
+        first_row, first_feature = block * ROWS_PER_TILE, panel * features_per_panel
         count = min(ROWS_PER_TILE, num_rows - first_row)
-        weight = parameters[WEIGHT] + panel * parameters[PANEL_BYTES]
-        for i in range(count * PANEL):
-            tile[i] = 0.0
-        for group in range(num_groups):
-            size = min(group_size, parameters[IN_FEATURES] - group * group_size)
-            scales = parameters[SCALES] + (panel * num_groups + group) * PANEL * 2
-            for row in range(0, count, ROWS_TOGETHER):
-                place = group * num_rows + first_row + row
-                multiply_group(
-                    bits,
-                    parameters[INPUTS] + place * group_size * GROUP_BYTES,
-                    parameters[FACTORS] + place * _FACTOR_BYTES,
-                    min(ROWS_TOGETHER, count - row),
-                    group_size,
-                    -(-size // features_per_line),
-                    weight + group * group_bytes,
-                    row == ROWS_TOGETHER and count > 2 * ROWS_TOGETHER,
-                    scales,
-                    move(tile, row * PANEL),
-                )
-        first_feature = panel * features_per_panel
+        _multiply_tile(parameters, panel, first_row, count, inputs, factors, tile)
         for row in range(count):
-            line = move(tile, row * PANEL)
-            if bits == 8:
-                multiply_row(line, move(float32_pointer(parameters[SCALES]), panel * PANEL), PANEL)
             finish_row(
                 shared,
-                line,
+                move(tile, row * PANEL),
                 parameters[BIAS] + panel * PANEL * 4 if parameters[BIAS] != 0 else 0,
                 parameters[ACTIVATION],
                 gated,
@@ -126,11 +171,11 @@ def _multiply(shared: Any) -> None:
                 (first_row + row) * out_features + first_feature,
                 min(features_per_panel, out_features - first_feature),
             )
-        unit = take(parameters)
+        unit = take_unit(ranges, num_ranges, thread, num_units)
 
 
-QUANTIZE_WORKER = Worker(_quantize)
-MULTIPLY_WORKER = Worker(_multiply)
+QUANTIZE_WORKER = Worker(_quantize, _prepare_quantize)
+MULTIPLY_WORKER = Worker(_multiply, _prepare_multiply)
 
 
 def quantized_linear(
@@ -146,7 +191,9 @@ def quantized_linear(
     inputs = new_tensor((num_rows, num_groups * (group_size * GROUP_BYTES + _FACTOR_BYTES)), torch.uint8)
     factors = inputs.data_ptr() + num_rows * num_groups * group_size * GROUP_BYTES
     out = new_tensor((num_rows, weight.out_features), out_dtype)
-    num_panels = weight.data.shape[0]
+    num_panels, num_threads = weight.data.shape[0], torch.get_num_threads()
+    own_bytes = -(-_OWN_ROWS * num_groups * (group_size * GROUP_BYTES + _FACTOR_BYTES) // 64) * 64
+    ranges = scratch(state_bytes(num_threads) + num_threads * own_bytes)
     parameters = np.array(
         [
             *(0, x.data_ptr(), x.stride(0), inputs.data_ptr(), factors),
@@ -154,13 +201,14 @@ def quantized_linear(
             *(0 if bias is None else bias.data_ptr(), out.data_ptr(), out_dtype == torch.float32 != x.dtype),
             *(weight.out_features, num_panels, weight.data.stride(0)),
             *(NO_ACTIVATION if activation is None else CODES[activation], weight.gated),
+            *(num_threads, ranges, ranges + state_bytes(num_threads), own_bytes),
         ],
         np.int64,
     )
     is_small = num_rows * num_panels * PANEL * depth < _MIN_PRODUCTS
-    for_products = parameters.copy()  # each kernel counts its own tickets
-    QUANTIZE_WORKER.run(x.dtype, parameters, torch.get_num_threads() if num_rows * depth > _MIN_PRODUCTS else 1)
-    MULTIPLY_WORKER.run(x.dtype, for_products, 1 if is_small else torch.get_num_threads())
+    for_products = parameters.copy()  # each kernel has parameters of its own
+    QUANTIZE_WORKER.run(x.dtype, parameters, num_threads if num_rows * depth > _MIN_PRODUCTS else 1)
+    MULTIPLY_WORKER.run(x.dtype, for_products, 1 if is_small else num_threads)
     return out
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
-from quire.kernels.cpu_elements import float64_pointer, int64_pointer, move, pointer_to, read, take, write
+from quire.kernels.cpu_elements import float64_pointer, int64_pointer, move, pointer_to, take
+from quire.kernels.cpu_norm import add_to_row, scale_row, sum_of_squares
 from quire.kernels.cpu_workers import Worker, new_tensor, row_threads
 
 _ROWS_PER_UNIT = 8
@@ -30,15 +30,6 @@ _ROWS_PER_UNIT = 8
 ) = range(12)
 
 
-@numba.njit(fastmath={"reassoc", "contract", "nsz"})
-def _sum_of_squares(row, dim):  # type: ignore[no-untyped-def]
-    total = np.float32(0.0)
-    for i in range(dim):
-        value = read(row, i)
-        total += value * value
-    return total
-
-
 def _normalise(shared: Any) -> None:
     parameters = int64_pointer(shared)
     num_rows, dim, num_heads = parameters[NUM_ROWS], parameters[DIM], parameters[NUM_HEADS]
@@ -52,14 +43,11 @@ def _normalise(shared: Any) -> None:
             source = move(source, token * parameters[X_STRIDE] + head * parameters[X_HEAD_STRIDE])
             if parameters[RESIDUAL] != 0:
                 residual = move(pointer_to(parameters[RESIDUAL], shared), row * parameters[RESIDUAL_STRIDE])
-                for i in range(dim):
-                    write(residual, i, read(source, i) + read(residual, i))
+                add_to_row(residual, source, dim)
                 source = residual
             out = move(pointer_to(parameters[OUT], shared), row * dim)
-            factor = np.float32(1.0) / np.sqrt(_sum_of_squares(source, dim) / np.float32(dim) + epsilon)
-            for i in range(dim):
-                write(out, i, read(source, i) * factor)
-                write(out, i, read(out, i) * read(weight, i))
+            factor = np.float32(1.0) / np.sqrt(sum_of_squares(source, dim) / np.float32(dim) + epsilon)
+            scale_row(source, factor, weight, out, dim)
         first_row = take(parameters) * _ROWS_PER_UNIT
 
 

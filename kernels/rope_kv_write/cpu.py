@@ -18,6 +18,7 @@ from quire.kernels.cpu_elements import (
     take,
     write,
 )
+from quire.kernels.cpu_norm import rotate, rotate_scaled, sum_of_squares
 from quire.kernels.cpu_workers import Worker, row_threads
 
 # A call's parameters: their places in the int64 array that its threads share. Strides are in elements.
@@ -51,37 +52,17 @@ from quire.kernels.cpu_workers import Worker, row_threads
 ) = range(26)
 
 
-@numba.njit(fastmath={"reassoc", "contract", "nsz"})
-def _sum_of_squares(row, dim):  # type: ignore[no-untyped-def]
-    total = np.float32(0.0)
-    for i in range(dim):
-        value = read(row, i)
-        total += value * value
-    return total
-
-
 @numba.njit
-def _rotate(source, target, cos, sin, rotary_dim, head_dim):  # type: ignore[no-untyped-def]
-    half = rotary_dim // 2
-    for i in range(half):
-        x, y = read(source, i), read(source, half + i)
-        write(target, i, x * cos[i] - y * sin[i])
-        write(target, half + i, y * cos[i] + x * sin[i])
-    for i in range(rotary_dim, head_dim):
-        target[i] = source[i]
-
-
-@numba.njit
-def _rotate_normalised(source, target, cos, sin, rotary_dim, head_dim, weight, epsilon):  # type: ignore[no-untyped-def]
-    half = rotary_dim // 2
-    factor = np.float32(1.0) / np.sqrt(_sum_of_squares(source, head_dim) / np.float32(head_dim) + epsilon)
-    for i in range(half):
-        x = read(source, i) * factor * read(weight, i)
-        y = read(source, half + i) * factor * read(weight, half + i)
-        write(target, i, x * cos[i] - y * sin[i])
-        write(target, half + i, y * cos[i] + x * sin[i])
-    for i in range(rotary_dim, head_dim):
-        write(target, i, read(source, i) * factor * read(weight, i))
+def _turn(source, target, cos, sin, rotary_dim, head_dim, normalises, weight, epsilon):  # type: ignore[no-untyped-def]
+    if normalises:
+        factor = np.float32(1.0) / np.sqrt(sum_of_squares(source, head_dim) / np.float32(head_dim) + epsilon)
+        rotate_scaled(source, target, cos, sin, rotary_dim // 2, factor, weight)
+        for i in range(rotary_dim, head_dim):
+            write(target, i, read(source, i) * factor * read(weight, i))
+    else:
+        rotate(source, target, cos, sin, rotary_dim // 2, np.float32(1.0), weight)
+        for i in range(rotary_dim, head_dim):
+            target[i] = source[i]
 
 
 def _write_tokens(shared: Any) -> None:
@@ -98,10 +79,7 @@ def _write_tokens(shared: Any) -> None:
         query = move(pointer_to(parameters[QUERY], shared), token * parameters[QUERY_STRIDE])
         for head in range(parameters[NUM_HEADS]):
             row = move(query, head * parameters[QUERY_HEAD_STRIDE])
-            if normalises:
-                _rotate_normalised(row, row, cos, sin, rotary_dim, head_dim, query_norm, epsilon)
-            else:
-                _rotate(row, row, cos, sin, rotary_dim, head_dim)
+            _turn(row, row, cos, sin, rotary_dim, head_dim, normalises, query_norm, epsilon)
         block, offset = divmod(slots[token], block_size)
         slot = block * parameters[BLOCK_STRIDE] + offset * head_dim
         key = move(pointer_to(parameters[KEY], shared), token * parameters[KEY_STRIDE])
@@ -110,10 +88,7 @@ def _write_tokens(shared: Any) -> None:
             target = slot + head * parameters[HEAD_STRIDE]
             row = move(key, head * parameters[KEY_HEAD_STRIDE])
             cached = move(pointer_to(parameters[K_CACHE], shared), target)
-            if normalises:
-                _rotate_normalised(row, cached, cos, sin, rotary_dim, head_dim, key_norm, epsilon)
-            else:
-                _rotate(row, cached, cos, sin, rotary_dim, head_dim)
+            _turn(row, cached, cos, sin, rotary_dim, head_dim, normalises, key_norm, epsilon)
             row = move(value, head * parameters[VALUE_HEAD_STRIDE])
             cached = move(pointer_to(parameters[V_CACHE], shared), target)
             for i in range(head_dim):

@@ -45,7 +45,7 @@ def _forbid(builder: Builder, kinds: Kinds, logits: Value, forbidden: Value) -> 
     for offset in range(0, 32, LANES):
         bits = builder.trunc(builder.lshr(forbidden, lanes.integer(offset)), lane_bits)
         mask = builder.bitcast(bits, ir.VectorType(ir.IntType(1), LANES))
-        lanes.masked_store(builder, lanes.constant(-math.inf), lanes.at(builder, logits, offset), mask)
+        lanes.store_elements(builder, lanes.constant(-math.inf), lanes.at(builder, logits, offset), mask)
 
 
 def _mask(shared: Any) -> None:

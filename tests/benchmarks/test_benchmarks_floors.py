@@ -81,3 +81,8 @@ def test_costs_are_those_of_the_checkpoint(tiny_checkpoint, tied: bool) -> None:
     assert cost.weight_bytes == 2 * (total if tied else total - embedding)
     vectors = sum(entry.shape[0] for entry in entries.values() if len(entry.shape) == 1)
     assert cost.linear_weights == total - vectors - embedding * (1 if tied else 2)
+    for quantization, bytes_per_weight in (("int8", 1), ("int4", 0.5 + 2 / 128)):
+        quantized = ModelCost.of(directory, item_bytes=2, quantization=quantization)
+        expected = cost.linear_weights * bytes_per_weight + embedding + 2 * vectors
+        assert quantized.weight_bytes == pytest.approx(expected, abs=1)
+        assert quantized.linear_weights == cost.linear_weights

@@ -30,7 +30,7 @@ import time
 from quire.config import ConfigError, EngineConfig
 from quire.engine.messages import EngineInfo
 from quire.engine.process import Progress, serve
-from quire.scheduler.output import FinishReason, SchedulerStats, StepOutput, TokenLogProbs
+from quire.scheduler.output import FinishReason, SchedulerStats, StepOutput, StepOutputs, TokenLogProbs
 from quire.scheduler.request import AdmissionError, Request
 
 REFUSED = [13]
@@ -94,7 +94,7 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self._requests)
 
-    def step(self) -> list[StepOutput]:
+    def step(self) -> StepOutputs:
         self._num_steps += 1
         self.started = list(self._requests)
         self._num_steps_since_add += 1
@@ -102,10 +102,14 @@ class FakeEngine:
             self._misbehave()
         if self._name == "slow":
             time.sleep(self._number / 1000)
-        outputs = []
+        outputs = StepOutputs()
         for request_id, (request, choices) in list(self._requests.items()):
             for index in list(choices):
-                outputs.append(self._advance(request, choices, index))
+                output = self._advance(request, choices, index)
+                if output == StepOutput(request_id, index, output.token_ids[:1]) and output.token_ids:
+                    outputs.tokens.append((request_id, index, output.token_ids[0], 0))
+                else:
+                    outputs.others.append(output)
             if not choices:
                 del self._requests[request_id]
         return outputs

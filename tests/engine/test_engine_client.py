@@ -156,7 +156,7 @@ def test_storm_of_requests_that_leave_at_once(harness: Harness) -> None:
 def test_unknown_and_duplicate_aborts_are_no_ops(harness: Harness) -> None:
     async def check(client: EngineClient) -> None:
         for _ in range(10_000):
-            client._process.send(Abort("no such request"))
+            client._connection.send(Abort("no such request"))
         assert len(await collect(client, [50], SamplingParams(max_tokens=2))) >= 1
 
     harness.run(check)

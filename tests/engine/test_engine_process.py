@@ -31,7 +31,7 @@ from quire.engine.messages import (
 from quire.engine.process import in_frames
 from quire.engine.wire import MAX_FRAME_BYTES, FrameDecoder, pack
 from quire.sampling_params import SamplingParams
-from quire.scheduler.output import FinishReason, SchedulerStats, StepOutput, TokenLogProbs
+from quire.scheduler.output import FinishReason, SchedulerStats, StepOutput, StepOutputs, TokenLogProbs
 
 
 class Front:
@@ -123,7 +123,7 @@ def test_each_step_is_one_message(start: Start) -> None:
     front.send(ResetPrefixCache())
     reset = front.receive()
     assert isinstance(reset, StepResult)
-    assert (reset.outputs, reset.stats.num_steps) == ([], 0)
+    assert (len(reset.outputs), reset.stats.num_steps) == (0, 0)
     front.send(Shutdown())
     assert front.receive() is None
     assert front.wait() == (0, "")
@@ -256,11 +256,13 @@ def test_module_is_a_program() -> None:
 def test_scored_prompts_that_end_together_are_cut_into_frames(num_top: int) -> None:
     entry = TokenLogProbs(2**31 - 1, -1234.5678, [2**31 - 1] * num_top, [-1234.5678] * num_top)
     scored = [StepOutput(str(index), 0, [], prompt_log_probs=[entry] * (2**16 // (1 + num_top))) for index in range(40)]
+    tokens = [(str(index), 1, 8, 0) for index in range(100)]
     plain = [StepOutput(str(index), 0, [7]) for index in range(100)]
-    parts = list(in_frames(plain + scored + plain))
-    assert [output for part in parts for output in part] == plain + scored + plain
+    outputs = StepOutputs(tokens, plain + scored + plain)
+    parts = list(in_frames(outputs))
+    assert [output for part in parts for output in part] == list(outputs)
     assert len(parts) > 1
     for part in parts:
         assert len(pack(StepResult(outputs=part, stats=SchedulerStats()))) < MAX_FRAME_BYTES // 3
-    assert list(in_frames(plain)) == [plain]
-    assert list(in_frames([])) == [[]]
+    assert list(in_frames(StepOutputs(tokens, plain))) == [StepOutputs(tokens, plain)]
+    assert list(in_frames(StepOutputs())) == [StepOutputs()]

@@ -12,6 +12,7 @@ import pytest
 from quire.config import ConfigError, EngineConfig
 from quire.engine.engine import Engine
 from quire.engine.process import load_engine
+from quire.kernels.cpu_compiler import ELSEWHERE
 from quire.kernels.cpu_workers import Worker
 from quire.sampling_params import SamplingParams
 from quire.scheduler.request import Request
@@ -119,3 +120,15 @@ def test_collection_of_garbage_rests_during_the_start_and_leaves_out_what_it_mad
         assert gc.isenabled()
     finally:
         gc.unfreeze()
+
+
+def test_a_served_engine_leaves_compiling_to_another_process(tiny_checkpoint: Callable[..., Path]) -> None:
+    elsewhere: list[bool] = []
+    config = EngineConfig(model=str(tiny_checkpoint("llama")), device="cpu", num_blocks=8)
+    try:
+        load_engine(config, lambda *_: elsewhere.append(ELSEWHERE.compiler is not None))
+    finally:
+        gc.unfreeze()
+    assert elsewhere
+    assert all(elsewhere)
+    assert ELSEWHERE.compiler is None

@@ -31,7 +31,7 @@ from quire.engine.messages import (
 )
 from quire.engine.wire import ConnectionClosedError, EngineChannel, FrameDecoder, WireError, pack
 from quire.sampling_params import SamplingParams
-from quire.scheduler.output import FinishReason, SchedulerStats, StepOutput
+from quire.scheduler.output import FinishReason, SchedulerStats, StepOutput, StepOutputs
 
 TO_ENGINE: list[Any] = [
     Configure(EngineConfig(model="m", max_model_len=9)),
@@ -45,7 +45,10 @@ TO_FRONT: list[Any] = [
     LoadProgress("weights", 3, 10),
     StartFailed("no", 4),
     Rejected("r", "too long", "context_length_exceeded", "prompt"),
-    StepResult([StepOutput("r", 0, [5, 6], FinishReason.STOP, 6, 3), StepOutput("s", 1, [])], SchedulerStats(1, 2)),
+    StepResult(
+        StepOutputs([("t", 0, 9, 2)], [StepOutput("r", 0, [5, 6], FinishReason.STOP, 6, 3), StepOutput("s", 1, [])]),
+        SchedulerStats(1, 2),
+    ),
 ]
 
 
@@ -67,7 +70,7 @@ def test_what_the_engine_says_comes_back_equal() -> None:
     received = decoder.feed(b"".join(pack(message) for message in TO_FRONT))
     assert received == TO_FRONT
     assert isinstance(received[3], StepResult)
-    assert received[3].outputs[0].finish_reason is FinishReason.STOP
+    assert received[3].outputs.others[0].finish_reason is FinishReason.STOP
 
 
 def test_oversized_frame_is_refused_by_its_length_alone() -> None:

@@ -6,12 +6,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from quire.kernels.cpu_elements import int64_pointer, take
 from quire.kernels.cpu_recording import Arena, NotRecordableError, record
 from quire.kernels.cpu_sized_recording import Sizes, Step, record_for_sizes
+from quire.kernels.cpu_workers import Worker
 from quire.kernels.linear import PackedWeight, linear, pack
 from quire.kernels.paged_decode import paged_decode
 from quire.kernels.rms_norm import rms_norm
@@ -100,6 +104,41 @@ def test_profile_names_every_kernel() -> None:
         "linear.multiply",
         "rms_norm.normalise",
     ]
+
+
+def _prepare_counting(shared: Any) -> None:
+    parameters = int64_pointer(shared)
+    if parameters[1] == 0:
+        parameters[0] = 1
+
+
+def _count(shared: Any) -> None:
+    """Which threads enter is counted, and what one of them does once."""
+    parameters = int64_pointer(shared)
+    counts = int64_pointer(parameters[2])
+    take(counts)
+    if take(parameters) == 0:
+        counts[1] = 2 * counts[1] + 1
+
+
+def test_kernels_without_work_are_passed_over() -> None:
+    """Wherever they stand, and however many threads replay; the others run once, in their order."""
+    worker, counts = Worker(_count, _prepare_counting), torch.zeros(2, dtype=torch.int64)
+    for works in ([0], [0, 0, 1], [1, 0, 0], [1, 0, 1, 0, 0, 1, 1], [0, 1, 0, 1, 0], [1, 1, 1]):
+        with record(Arena()) as recording:
+            for work in works:
+                worker.run(torch.float32, np.array([0, work, counts.data_ptr()], np.int64), 5)
+        for num_threads in (1, 5, 2, 1, 3):
+            counts.zero_()
+            recording.replay(num_threads)
+            assert counts.tolist() == [num_threads * sum(works), 2 ** sum(works) - 1]
+        counts.zero_()
+        assert len(recording.profile(2)) == len(works)
+        assert counts.tolist() == [2 * sum(works), 2 ** sum(works) - 1]
+    counts.zero_()
+    for work in (1, 0, 1):
+        worker.run(torch.float32, np.array([0, work, counts.data_ptr()], np.int64), 2)
+    assert counts[1] == 3
 
 
 def test_fewer_threads_than_asked_for_still_finish() -> None:

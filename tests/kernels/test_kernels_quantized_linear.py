@@ -17,6 +17,7 @@ from quire.kernels.cpu_activation import CODES
 from quire.kernels.cpu_elements import has_feature
 from quire.kernels.cpu_quantized import MAX_INPUT
 from quire.kernels.cpu_recording import Arena, record
+from quire.kernels.cpu_sized_recording import Sizes, record_for_sizes
 from quire.kernels.linear import Activation, pack_bias
 from quire.kernels.quantized_linear import Bits, dequantize, embedding, quantize, quantized_linear
 from quire.kernels.quantized_linear.weight import GROUP_SIZES
@@ -228,6 +229,29 @@ def test_can_be_recorded(bits: Bits) -> None:
         again = quantized_linear(x, quantized, activation="relu")
         assert torch.equal(out, quantized_linear(again, quantized, out_dtype=torch.float32))
         assert torch.equal(rows, embedding(indices, table, torch.bfloat16))
+
+
+@each_width
+@pytest.mark.usefixtures("two_threads")
+def test_one_recording_serves_few_rows_and_many(bits: Bits) -> None:
+    """Whoever quantizes the inputs, each thread for itself or all of them together, a row is the same."""
+    x, weight, bias = problem(9, 300, 320, torch.bfloat16)
+    quantized, packed_bias = quantize(weight, bits), pack_bias(bias)
+    alone = torch.cat([quantized_linear(row, quantized, packed_bias, activation="silu") for row in x.split(1)])
+
+    def step(sizes: Sizes) -> tuple[torch.Tensor, ...]:
+        hidden = quantized_linear(x[: sizes[0]], quantized, packed_bias, activation="silu")
+        return hidden, quantized_linear(hidden[:, :300], quantized, out_dtype=torch.float32)
+
+    recording = record_for_sizes(Arena(), step, (1,), (9,), 9)
+    hidden, out = recording.outputs
+    expected = torch.cat([quantized_linear(row[:, :300], quantized, out_dtype=torch.float32) for row in alone.split(1)])
+    for num_rows in (1, 9, 3, 4, 2, 5):
+        for part in (hidden, out):
+            part.fill_(math.nan)
+        recording.replay((num_rows,), 2)
+        assert torch.equal(hidden[:num_rows], alone[:num_rows])
+        assert torch.equal(out[:num_rows], expected[:num_rows])
 
 
 def test_refuses_what_it_cannot_do() -> None:

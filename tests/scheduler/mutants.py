@@ -468,8 +468,8 @@ MUTANTS = [
         "I25",
         "a token is told of a request that asks for none",
         Scheduler,
-        "update",
-        ("[token_id] if end < sequence.max_num_tokens else []", "[token_id]"),
+        "_take_tokens",
+        ("if end < sequence.max_num_tokens:", "if True:"),
     ),
     mutant(
         "I26",

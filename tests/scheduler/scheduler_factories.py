@@ -66,7 +66,7 @@ def schedule(scheduler: Scheduler) -> ScheduledBatch:
 
 
 def finish_step(scheduler: Scheduler, batch: ScheduledBatch, token_id: int | None = 7) -> list[StepOutput]:
-    outputs = scheduler.update(batch, SampledTokens([token_id] * len(batch.sampling)))
+    outputs = list(scheduler.update(batch, SampledTokens([token_id] * len(batch.sampling))))
     scheduler.check_integrity()
     return outputs
 

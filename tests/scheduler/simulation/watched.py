@@ -112,9 +112,10 @@ class WatchedScheduler(Scheduler):
 
     def _take_tokens(self, sequence: Sequence, token_ids: list[int | None], error: ErrorCode) -> StepOutput:
         output = super()._take_tokens(sequence, token_ids, error)
-        self.marks["draft cut by a stop"] += len(output.token_ids) < len(token_ids) and None not in token_ids
-        self.marks["draft cut by a failure"] += None in token_ids and len(token_ids) > 1
-        self.marks["draft after a preemption"] += sequence.num_preemptions > 0
+        if len(token_ids) > 1:
+            self.marks["draft cut by a stop"] += len(output.token_ids) < len(token_ids) and None not in token_ids
+            self.marks["draft cut by a failure"] += None in token_ids
+            self.marks["draft after a preemption"] += sequence.num_preemptions > 0
         return output
 
     def preempt(self, sequence: Sequence) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from quire.config import SchedulerConfig
 from quire.scheduler import invariants
 from quire.scheduler.invariants import InvariantError
-from quire.scheduler.output import FinishReason, ScheduledBatch, StepOutput
+from quire.scheduler.output import FinishReason, ScheduledBatch, StepOutput, StepOutputs
 from quire.scheduler.preemption import MAX_PREEMPTIONS
 from quire.scheduler.request import AdmissionError, Request
 from quire.scheduler.sequence import Sequence
@@ -209,7 +209,7 @@ class World:
             marks["hit after a preemption"] += num_preemptions > 0
             marks["hit behind the window"] += table.num_released > 0
 
-    def _take(self, outputs: list[StepOutput], poison: Poison | None) -> None:
+    def _take(self, outputs: StepOutputs, poison: Poison | None) -> None:
         for output in outputs:
             key = (output.request_id, output.choice_index)
             choice = self.open.get(key)
