@@ -32,14 +32,21 @@ class BlockManager:
         return BlockTable(self.pool, self.block_size)
 
     def find_cached_prefix(self, sequence: Sequence) -> CachedPrefix:
-        """Where a waiting sequence can start from. Looks again only if what is cached has changed."""
+        """Where a waiting sequence can start from. Looks again only if that may have changed."""
         if not self.caching:
             return NOTHING_CACHED
         found, version = sequence.found_prefix, self.prefix_cache.version
-        if found is None or found.version != version or found.scoring_depth != sequence.scoring_depth:
-            found = FoundPrefix(self._find_prefix(sequence), version, sequence.scoring_depth)
-            sequence.found_prefix = found
+        if found is None or found.scoring_depth != sequence.scoring_depth:
+            found = sequence.found_prefix = FoundPrefix(self._find_prefix(sequence), version, sequence.scoring_depth)
+        elif found.version != version:
+            if not self._is_still_missing(found.prefix):
+                found.prefix = self._find_prefix(sequence)
+            found.version = version
         return found.prefix
+
+    def _is_still_missing(self, prefix: CachedPrefix) -> bool:
+        """Whether nothing was found, and nothing can be: not even the first block. With a window it can without."""
+        return not prefix.block_ids and self.window is None and prefix.next_key not in self.prefix_cache
 
     def _find_prefix(self, sequence: Sequence) -> CachedPrefix:
         """The last token is always left to be computed, for its logits are wanted."""

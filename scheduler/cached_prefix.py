@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class CachedPrefix:
+class CachedPrefix(NamedTuple):
     """What a sequence can start from."""
 
     block_ids: list[int]
@@ -25,7 +25,7 @@ class CachedPrefix:
 NOTHING_CACHED = CachedPrefix([], 0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class FoundPrefix:
     """A prefix and what it holds for: the cache's version and the depth of log-probabilities that was asked for."""
 

@@ -41,6 +41,9 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._block_ids)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._block_ids
+
     def root_key(self, salt: str) -> bytes:
         """Key of the empty prefix: all that the KV-cache depends on but the tokens."""
         fields = (("namespace", self._namespace), ("salt", salt), ("block_size", str(self.block_size)))

@@ -364,6 +364,13 @@ MUTANTS = [
         ("self.version += 1", "pass"),
     ),
     mutant(
+        "I11",
+        "what was found holds as long as nothing follows it",
+        BlockManager,
+        "_is_still_missing",
+        ("not prefix.block_ids and ", ""),
+    ),
+    mutant(
         "I18",
         "who fits overtakes who does not",
         Prompts,
@@ -515,7 +522,7 @@ MUTANTS = [
         "every choice tells the prompt",
         Scheduler,
         "end_scoring",
-        ("self.live[sequence.request_id]", "[sequence]"),
+        ("self.live.get(sequence.request_id, ())", "[sequence]"),
     ),
     mutant(
         "I30",

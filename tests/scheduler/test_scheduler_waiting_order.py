@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from scheduler_factories import add, finish_step, make_scheduler, run, schedule, step
 
+from quire.scheduler.cached_prefix import CachedPrefix
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import Sequence
 
@@ -77,17 +79,61 @@ def test_who_was_preempted_is_not_overtaken() -> None:
     assert schedule(scheduler).sequences == [first, second, hot]
 
 
-def test_a_head_that_does_not_fit_is_looked_up_again_only_if_the_cache_has_changed() -> None:
+def looks(scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch) -> list[Sequence]:
+    """Whose prefix is looked for in the cache, from now on."""
+    looked_for: list[Sequence] = []
+    find = scheduler.blocks._find_prefix
+
+    def recorded(sequence: Sequence) -> CachedPrefix:
+        looked_for.append(sequence)
+        return find(sequence)
+
+    monkeypatch.setattr(scheduler.blocks, "_find_prefix", recorded)
+    return looked_for
+
+
+def test_a_head_that_does_not_fit_is_looked_up_once_while_its_first_block_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     scheduler = make_scheduler(6, max_model_len=24)
     (running,) = add(scheduler, 9)
     step(scheduler)
+    looked_for = looks(scheduler, monkeypatch)
     (waiting,) = add(scheduler, [1] * 16)
+    version = scheduler.blocks.prefix_cache.version
+    for _ in range(5):
+        step(scheduler)
+    assert looked_for == [waiting]
+    assert scheduler.blocks.prefix_cache.version > version
+    assert running.num_computed_tokens == 14
+
+
+def test_who_waits_finds_what_has_been_cached_since(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = make_scheduler(7, max_model_len=24, max_num_batched_tokens=4)
+    (running,) = add(scheduler, 16)
     step(scheduler)
-    found = waiting.found_prefix
-    assert found is not None
     step(scheduler)
-    assert waiting.found_prefix is found
-    step(scheduler)  # fills the third block
-    step(scheduler)
-    assert waiting.found_prefix is not found
-    assert running.num_computed_tokens == 13
+    looked_for = looks(scheduler, monkeypatch)
+    (waiting,) = add(scheduler, [*range(100, 116), 1])
+    for num_blocks in (2, 3):
+        assert scheduler.blocks.find_cached_prefix(waiting).block_ids == running.block_table.block_ids[:num_blocks]
+        assert scheduler.blocks.find_cached_prefix(waiting).num_tokens == num_blocks * 4
+        step(scheduler)
+    assert looked_for == [waiting] * 2
+
+
+@pytest.mark.parametrize("sliding_window", [None, 5])
+def test_who_found_nothing_finds_what_has_been_cached_since(sliding_window: int | None) -> None:
+    """With a window, the prefix may be found of which the first block is no longer there."""
+    scheduler = make_scheduler(sliding_window=sliding_window)
+    cache = scheduler.blocks.prefix_cache
+    (waiting,) = add(scheduler, HOT)
+    assert scheduler.blocks.find_cached_prefix(waiting).num_tokens == 0
+    num_blocks = (len(HOT) - 1) // 4
+    first = 0 if sliding_window is None else 1
+    cache.extend_keys(waiting.block_keys, HOT, num_blocks)
+    for index in range(first, num_blocks):
+        cache.insert(waiting.block_keys[index + 1], index + 1)
+    prefix = scheduler.blocks.find_cached_prefix(waiting)
+    assert prefix.num_tokens == num_blocks * 4
+    assert all(prefix.block_ids[-1:])
