@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import selectors
@@ -105,7 +106,10 @@ class PacedEngine:
     def stats(self) -> Any:
         from quire.scheduler.output import SchedulerStats
 
-        return SchedulerStats(num_running=len(self._num_left), num_steps=self._num_steps)
+        num_tokens = self._num_steps * self._num_streams
+        return SchedulerStats(
+            num_running=len(self._num_left), num_steps=self._num_steps, num_scheduled_tokens=num_tokens
+        )
 
     def reset_prefix_cache(self) -> None:
         return
@@ -204,9 +208,11 @@ async def measure(args: argparse.Namespace, timers: Timers | None) -> dict[str, 
     listener = bind("127.0.0.1", 0, settings.limits)
     server = HttpServer(ServerConfig(create_app(client, settings, compiler), settings.limits))
     observe, meter = client.on_step, Meter()
+    gc.freeze()  # as the server does
 
     def on_step(num_tokens: int) -> None:
-        meter.tick(timers)
+        if num_tokens:  # none: what the engine says of itself while the streams come in
+            meter.tick(timers)
         observe(num_tokens)
 
     client.on_step = on_step
@@ -221,7 +227,7 @@ async def measure(args: argparse.Namespace, timers: Timers | None) -> dict[str, 
     await serving
     await compiler.close()
     await client.stop()
-    if meter.num_steps < args.steps:
+    if meter.num_steps != args.steps:
         sys.exit(f"{meter.num_steps} steps came instead of {args.steps}")
     num_tokens = (meter.num_steps - WARM_UP_STEPS) * args.streams
     figures = {"all": (meter.last - meter.first) / num_tokens * 1e6}
