@@ -67,12 +67,8 @@ def cpu_has_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags
 
 
-def choose_kv_cache_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    if config.kv_cache_dtype != "int8":
-        return dtype
-    if device.type != "cpu":
-        raise ConfigError("--kv-cache-dtype int8 is for CPUs so far; on a GPU leave it out, or add --device cpu.")
-    return torch.int8
+def choose_kv_cache_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
+    return torch.int8 if config.kv_cache_dtype == "int8" else dtype
 
 
 def choose_step_budget(config: EngineConfig, device: torch.device, max_num_seqs: int) -> int:

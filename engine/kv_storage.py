@@ -9,7 +9,7 @@ from quire.engine.zeroed_memory import zeroed
 from quire.models.config import ModelConfig
 from quire.models.kv_cache import KVCache
 
-SCALE_DTYPE = torch.float32
+SCALE_DTYPE = torch.bfloat16
 
 
 def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:

@@ -44,7 +44,7 @@ def check_caches(k_cache: torch.Tensor, v_cache: torch.Tensor, num_kv_heads: int
 def check_scales(
     k_cache: torch.Tensor, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None, dtype: torch.dtype
 ) -> None:
-    """A cache in `dtype` and no scales, or an int8 cache and two float32 scales for each of its slots."""
+    """A cache in `dtype` and no scales, or an int8 cache and a bfloat16 scale for each slot of each."""
     if k_scales is None or v_scales is None:
         require(k_scales is None and v_scales is None, "scales come for both k_cache and v_cache, or for neither")
         require(k_cache.dtype != torch.int8, "an int8 cache needs k_scales and v_scales", k_cache)
@@ -54,11 +54,11 @@ def check_scales(
     for scales in (k_scales, v_scales):
         require(
             scales.shape == k_cache.shape[:3]
-            and scales.dtype == torch.float32
+            and scales.dtype == torch.bfloat16
             and scales.stride() == k_scales.stride()
             and scales.stride(2) == 1
             and scales.device == k_cache.device,
-            "scales must be float32 [num_blocks, num_kv_heads, block_size] with the same strides, the last dimension "
+            "scales must be bfloat16 [num_blocks, num_kv_heads, block_size] with the same strides, the last dimension "
             "contiguous",
             scales,
             k_cache,

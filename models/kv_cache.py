@@ -17,7 +17,7 @@ class KVCache(NamedTuple):
     values: torch.Tensor
     """Like `keys`."""
     key_scales: torch.Tensor | None = None
-    """[num_blocks, num_kv_heads, block_size] float32: what the int8 codes of a slot are multiplied with."""
+    """[num_blocks, num_kv_heads, block_size] bfloat16: what the int8 codes of a slot are multiplied with."""
     value_scales: torch.Tensor | None = None
     """Like `key_scales`."""
 

@@ -21,8 +21,8 @@ def kv_write(
 ) -> None:
     """Store token t's key and value at slot `slot_mapping[t]` of the caches, cast to their dtype or as int8 codes.
 
-    Codes are multiples of a scale of the token's own for each KV head, its largest magnitude divided by 127: they are
-    off by half a scale at most, and depend on nothing but the token (`kernels/quantization.py`).
+    Codes are multiples of a scale that each token has of its own for each KV head: off by half a scale at most, they
+    depend on nothing but the token (`kernels/quantization.py`).
 
     A slot is block_id * block_size + offset. Padding tokens point into block 0, the null block, where several may
     collide: its contents are undefined. All other slots of a call must differ.
@@ -35,7 +35,7 @@ def kv_write(
             contiguous.
         v_cache: like k_cache, with the same strides.
         slot_mapping: [T] int64, contiguous, each in [0, num_blocks * block_size).
-        k_scales: [num_blocks, num_kv_heads, block_size] float32 for an int8 cache, the last dimension contiguous;
+        k_scales: [num_blocks, num_kv_heads, block_size] bfloat16 for an int8 cache, the last dimension contiguous;
             None for other caches.
         v_scales: like k_scales, with the same strides.
         backend: "auto" goes by key's device.
@@ -77,12 +77,8 @@ def kv_write(
         slot_mapping,
     )
     if body == "triton":
-        from quire.kernels.kv_write.triton import kv_write as run_on_gpu
-
-        require(k_scales is None, "int8 pages are for CPUs: there are no GPU kernels for them")
-        run_on_gpu(key, value, k_cache, v_cache, slot_mapping)
-        return
-    if body == "cpu":
+        from quire.kernels.kv_write.triton import kv_write as run
+    elif body == "cpu":
         from quire.kernels.kv_write.cpu import kv_write as run
     else:
         from quire.kernels.kv_write.reference import kv_write as run

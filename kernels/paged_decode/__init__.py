@@ -38,7 +38,7 @@ def paged_decode(
         scale: factor of the scores, positive, usually D ** -0.5.
         sliding_window: W: only positions j with seq_len - 1 - j < W are seen; None sees all.
         out: where to write; None for a new tensor. The last dimension is contiguous.
-        k_scales: [num_blocks, Hk, block_size] float32, the last dimension contiguous: what the codes of a slot of an
+        k_scales: [num_blocks, Hk, block_size] bfloat16, the last dimension contiguous: what the codes of a slot of an
             int8 cache are multiplied with. None for other caches.
         v_scales: like k_scales, with the same strides.
         backend: "auto" goes by query's device.
@@ -59,11 +59,8 @@ def paged_decode(
     )
     require(query.shape[0] == block_tables.shape[0], "query must have one row per sequence", query, block_tables)
     if body == "triton":
-        from quire.kernels.paged_decode.triton import paged_decode as run_on_gpu
-
-        require(k_scales is None, "int8 pages are for CPUs: there are no GPU kernels for them")
-        return run_on_gpu(query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out)
-    if body == "cpu":
+        from quire.kernels.paged_decode.triton import paged_decode as run
+    elif body == "cpu":
         from quire.kernels.paged_decode.cpu import paged_decode as run
     else:
         from quire.kernels.paged_decode.reference import paged_decode as run

@@ -20,6 +20,9 @@ MAX_HEADS_PER_PROGRAM = 32
 MAX_SPLITS = 64
 MIN_TILES_PER_SPLIT = 4
 PROGRAMS_PER_MULTIPROCESSOR = 4
+CODE_UNITS = 64
+"""Weights times scales of int8 values are multiplied by this and results divided: about half the largest value of a
+token, they neither overflow float16 nor vanish in it. A power of two, so it costs no bit."""
 
 
 @triton.jit
@@ -44,6 +47,8 @@ def split_kernel(
     query: tl.tensor,
     k_cache: tl.tensor,
     v_cache: tl.tensor,
+    k_scales: tl.tensor,
+    v_scales: tl.tensor,
     block_tables: tl.tensor,
     seq_lens: tl.tensor,
     out: tl.tensor,
@@ -54,6 +59,8 @@ def split_kernel(
     query_stride_head: tl.tensor,
     cache_stride_block: tl.tensor,
     cache_stride_head: tl.tensor,
+    scales_stride_block: tl.tensor,
+    scales_stride_head: tl.tensor,
     table_stride: tl.tensor,
     out_stride_seq: tl.tensor,
     out_stride_head: tl.tensor,
@@ -65,11 +72,16 @@ def split_kernel(
     WINDOW: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     MIN_TILES: tl.constexpr,
+    CODE_UNITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """One split of one sequence for the query heads (or some of them) of one KV head."""
+    """One split of one sequence for the query heads (or some of them) of one KV head.
+
+    int8 codes are multiplied as they are, which is exact in query's dtype; scales of keys are multiplied into scores,
+    those of values into weights.
+    """
     programs_per_group: tl.constexpr = (GROUP_SIZE + HEADS_PER_PROGRAM - 1) // HEADS_PER_PROGRAM
     programs_per_seq: tl.constexpr = NUM_KV_HEADS * programs_per_group
     sequence = (tl.program_id(0) // programs_per_seq).to(tl.int64)
@@ -106,17 +118,27 @@ def split_kernel(
         block_id = tl.load(table + position // BLOCK_SIZE, mask=visible, other=0).to(tl.int64)
         slot = block_id * cache_stride_block + (position % BLOCK_SIZE) * HEAD_DIM
         k = tl.load(k_head + slot[None, :] + dim[:, None], mask=visible[None, :] & dim_mask[:, None], other=0.0)
-        scores = tl.dot(q, k, input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
+        scores = tl.dot(q, k.to(q.dtype), input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
+        if k_scales is not None:
+            scale_at = block_id * scales_stride_block + kv_head.to(tl.int64) * scales_stride_head
+            scale_at += position % BLOCK_SIZE
+            scores *= tl.load(k_scales + scale_at, mask=visible, other=0.0).to(tl.float32)[None, :]
         scores = tl.where(visible[None, :], scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         weights = tl.exp2(scores - new_highest[:, None])
         decay = tl.exp2(highest - new_highest)
         v = tl.load(v_head + slot[:, None] + dim[None, :], mask=visible[:, None] & dim_mask[None, :], other=0.0)
-        acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+        factors = weights
+        if k_scales is not None:
+            value_scales = tl.load(v_scales + scale_at, mask=visible, other=0.0).to(tl.float32)
+            factors = weights * (value_scales * CODE_UNITS)[None, :]
+        acc = tl.dot(factors.to(q.dtype), v.to(q.dtype), acc * decay[:, None], input_precision="ieee")
         total = total * decay + tl.sum(weights, 1)
         highest = new_highest
 
     result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    if k_scales is not None:
+        result *= 1 / CODE_UNITS
     out_mask = row_mask[:, None] & dim_mask[None, :]
     if NUM_SPLITS == 1:
         out_at = out + sequence * out_stride_seq + (head * out_stride_head)[:, None] + dim[None, :]
@@ -188,6 +210,8 @@ def decode_parameters(
     max_seq_len: int,
     window: int | None,
     target: Target,
+    *,
+    has_codes: bool = False,
 ) -> DecodeParameters:
     """Tiles that fit the target's shared memory, and enough splits to fill its multiprocessors a few times over.
 
@@ -198,6 +222,8 @@ def decode_parameters(
     heads_per_program = triton.cdiv(group_size, programs_per_group)
     block_d = max(16, triton.next_power_of_2(head_dim))
     tile_bytes = 8_192 if dtype == torch.float32 else 16_384
+    if has_codes and target.vendor == "hip":
+        tile_bytes //= 2  # codes on their way to query's dtype take registers
     block_n = max(16, min(64, tile_bytes // (block_d * dtype.itemsize)))
     num_programs = num_seqs * num_kv_heads * programs_per_group
     visible = max_seq_len if window is None else min(window + block_n - 1, max_seq_len)
@@ -223,6 +249,8 @@ def paged_decode(
     scale: float,
     sliding_window: int | None = None,
     out: torch.Tensor | None = None,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
     num_seqs, num_heads, head_dim = query.shape
@@ -232,9 +260,10 @@ def paged_decode(
     max_seq_len = block_tables.shape[1] * block_size
     target = current_target(query.device)
     parameters = decode_parameters(
-        query.dtype, head_dim, num_heads, num_kv_heads, num_seqs, max_seq_len, sliding_window, target
+        *(query.dtype, head_dim, num_heads, num_kv_heads, num_seqs, max_seq_len, sliding_window, target),
+        has_codes=k_scales is not None,
     )
-    launch(query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out, parameters)
+    launch(query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out, k_scales, v_scales, parameters)
     return out
 
 
@@ -247,6 +276,8 @@ def launch(
     scale: float,
     sliding_window: int | None,
     out: torch.Tensor,
+    k_scales: torch.Tensor | None,
+    v_scales: torch.Tensor | None,
     parameters: DecodeParameters,
 ) -> None:
     """Fill `out` as paged_decode does, with chosen parameters."""
@@ -263,6 +294,8 @@ def launch(
         query,
         k_cache,
         v_cache,
+        k_scales,
+        v_scales,
         block_tables,
         seq_lens,
         out,
@@ -273,6 +306,7 @@ def launch(
         query.stride(1),
         k_cache.stride(0),
         k_cache.stride(1),
+        *((0, 0) if k_scales is None else k_scales.stride()[:2]),
         block_tables.stride(0),
         out.stride(0),
         out.stride(1),
@@ -284,6 +318,7 @@ def launch(
         WINDOW=sliding_window,
         NUM_SPLITS=num_splits,
         MIN_TILES=MIN_TILES_PER_SPLIT,
+        CODE_UNITS=CODE_UNITS,
         BLOCK_M=parameters.block_m,
         BLOCK_N=parameters.block_n,
         BLOCK_D=parameters.block_d,

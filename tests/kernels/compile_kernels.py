@@ -32,6 +32,7 @@ TYPE_NAMES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.float64: "*fp64",
+    torch.int8: "*i8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -104,7 +105,8 @@ def compile_launch(launch: Launch, target: Target) -> Any:
     for index, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.args[parameter.name]
         is_general = parameter.do_not_specialize
-        if name in constexpr_names or value is None or (isinstance(value, int) and value == 1 and not is_general):
+        is_one = isinstance(value, int) and value == 1 and not is_general
+        if name in constexpr_names or value is None or is_one:
             signature[name] = "constexpr"
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
@@ -178,21 +180,38 @@ def caches(dtype: torch.dtype, head_dim: int) -> tuple[torch.Tensor, torch.Tenso
     return tensor(*shape, dtype=dtype), tensor(*shape, dtype=dtype)
 
 
-def decode(dtype: torch.dtype, head_dim: int, num_seqs: int, window: int | None, target: Target) -> list[Launch]:
+def int8_caches(head_dim: int) -> tuple[torch.Tensor, ...]:
+    """Two caches and their scales."""
+    shape = (1024, NUM_KV_HEADS, PAGE)
+    return *caches(torch.int8, head_dim), *(tensor(*shape, dtype=torch.bfloat16) for _ in range(2))
+
+
+def decode(
+    dtype: torch.dtype, head_dim: int, num_seqs: int, window: int | None, target: Target, *, int8: bool = False
+) -> list[Launch]:
     query = tensor(num_seqs, NUM_HEADS, head_dim, dtype=dtype)
     tables = tensor(num_seqs, CONTEXT // PAGE, dtype=torch.int32)
     lens = tensor(num_seqs, dtype=torch.int32)
-    return launches("paged_decode", target, query, *caches(dtype, head_dim), tables, lens, 0.1, window)
+    pages = int8_caches(head_dim) if int8 else caches(dtype, head_dim)
+    return launches("paged_decode", target, query, *pages[:2], tables, lens, 0.1, window, None, *pages[2:])
 
 
 def prefill(
-    dtype: torch.dtype, head_dim: int, num_seqs: int, query_len: int, window: int | None, target: Target
+    dtype: torch.dtype,
+    head_dim: int,
+    num_seqs: int,
+    query_len: int,
+    window: int | None,
+    target: Target,
+    *,
+    int8: bool = False,
 ) -> list[Launch]:
     query = tensor(num_seqs * query_len, NUM_HEADS, head_dim, dtype=dtype)
     tables = tensor(num_seqs, CONTEXT // PAGE, dtype=torch.int32)
     lens = tensor(num_seqs, dtype=torch.int32)
     starts = tensor(num_seqs + 1, dtype=torch.int32)
-    arguments = (query, *caches(dtype, head_dim), tables, lens, starts, 0.1, query_len, window)
+    pages = int8_caches(head_dim) if int8 else caches(dtype, head_dim)
+    arguments = (query, *pages[:2], tables, lens, starts, 0.1, query_len, window, None, *pages[2:])
     return launches("paged_prefill", target, *arguments)
 
 
@@ -204,6 +223,7 @@ def small_operations(dtype: torch.dtype, head_dim: int, target: Target) -> list[
     query, key, value = qkv.split([NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS], dim=1)
     positions = tensor(num_tokens, dtype=torch.int64)
     cos_sin = tensor(CONTEXT, head_dim, dtype=torch.float32)
+    pages = int8_caches(head_dim)
     return [
         *launches("rms_norm", target, hidden, tensor(hidden_size, dtype=dtype), 1e-6),
         *launches(
@@ -212,6 +232,7 @@ def small_operations(dtype: torch.dtype, head_dim: int, target: Target) -> list[
         *launches("rms_norm", target, query, tensor(head_dim, dtype=dtype), 1e-6),
         *launches("rope", target, query, key, positions, cos_sin),
         *launches("kv_write", target, key, value, *caches(dtype, head_dim), positions),
+        *launches("kv_write", target, key, value, *pages[:2], positions, *pages[2:]),
     ]
 
 
@@ -237,6 +258,8 @@ def cases() -> Iterator[tuple[str, Target, list[Launch]]]:
             kind = f"{TYPE_NAMES[dtype][1:]}-d{head_dim}"
             yield f"decode-{kind}", target, decode(dtype, head_dim, 8, None, target)
             yield f"prefill-{kind}", target, prefill(dtype, head_dim, 2, 1024, None, target)
+            yield f"decode-{kind}-int8", target, decode(dtype, head_dim, 8, None, target, int8=True)
+            yield f"prefill-{kind}-int8", target, prefill(dtype, head_dim, 2, 1024, None, target, int8=True)
             if (dtype, head_dim) != (fp16, 64):
                 yield f"layer-{kind}", target, small_operations(dtype, head_dim, target)
         yield "decode-bf16-d128-window-1seq", target, decode(bf16, 128, 1, 1024, target)
@@ -245,6 +268,7 @@ def cases() -> Iterator[tuple[str, Target, list[Launch]]]:
         yield "prefill-bf16-d128-window-1seq", target, prefill(bf16, 128, 1, 1024, 1024, target)
         yield "prefill-bf16-d128-short", target, prefill(bf16, 128, 8, 16, None, target)
         yield "prefill-bf16-d256", target, prefill(bf16, 256, 2, 1024, None, target)
+        yield "prefill-bf16-d128-int8-window-1seq", target, prefill(bf16, 128, 1, 1024, 1024, target, int8=True)
         for vocab_size in (151_936, 262_144, 32_003):
             yield f"sampling-fp32-v{vocab_size}", target, sampling(vocab_size, target)
     yield "decode-bf16-d80", H100, decode(bf16, 80, 8, None, H100)

@@ -47,7 +47,7 @@ class Problem:
     block_tables: torch.Tensor  # [S, M] int32
     seq_lens: torch.Tensor  # [S] int32
     query_start: torch.Tensor  # [S + 1] int32
-    k_scales: torch.Tensor | None = None  # [num_blocks, Hk, block_size] float32 if the caches are int8
+    k_scales: torch.Tensor | None = None  # [num_blocks, Hk, block_size] bfloat16 if the caches are int8
     v_scales: torch.Tensor | None = None
 
     @property
@@ -151,10 +151,12 @@ def launched(op: str, parameters: Any) -> Run:
         sliding_window: int | None,
         max_query_len: int = 1,
         out: torch.Tensor | None = None,
+        k_scales: torch.Tensor | None = None,
+        v_scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
         out = torch.empty_like(arguments[0]) if out is None else out
         launch = importlib.import_module(f"quire.kernels.{op}.triton").launch
-        launch(*arguments, sliding_window, out, parameters)
+        launch(*arguments, sliding_window, out, k_scales, v_scales, parameters)
         return out
 
     return run
