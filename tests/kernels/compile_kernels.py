@@ -121,7 +121,7 @@ def compile_launch(launch: Launch, target: Target) -> Any:
         if signature[name] != "constexpr" and not is_general:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {name: launch.args[name] for name in ("num_warps", "num_stages") if name in launch.args}
+    options = {name: launch.args[name] for name in ("num_warps", "num_stages", "maxnreg") if name in launch.args}
     return triton.compile(source, target=GPUTarget(target.vendor, target.arch, target.warp_size), options=options)
 
 

@@ -67,7 +67,7 @@ class Problem:
             return replace(self, query=query)
         return replace(self, query=query, k_cache=self.k_cache.to(dtype), v_cache=self.v_cache.to(dtype))
 
-    def as_int8(self) -> Problem:
+    def as_codes(self, dtype: torch.dtype = torch.int8) -> Problem:
         """The same tokens as codes and scales. A foreign slot keeps NaN as its scale and gets codes of 85."""
         codes, scales = zip(*(quantize(cache) for cache in (self.k_cache, self.v_cache)), strict=True)
         k_cache, v_cache = (

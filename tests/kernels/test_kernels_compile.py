@@ -22,6 +22,8 @@ import triton_interpreter
 from compile_kernels import Resources
 from triton.runtime.jit import JITFunction
 
+from quire.kernels.paged_decode.parameters import RESIDENT_PROGRAMS
+
 NUM_PROCESSES = 2
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DECODE_MMA = {"sm_80": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA", "gfx942": "MFMA"}
@@ -108,6 +110,14 @@ def test_matrix_instructions(report: Report, kernel: str, expected: dict[str, st
     rows = [row for row in report.rows if row.kernel == kernel and row.arch == arch]
     assert rows
     assert [row for row in rows if not row.mma.get(expected[arch])] == []
+
+
+def test_programs_of_decode_are_all_there_at_once(report: Report) -> None:
+    """Equal shares end together only if no program waits for another to leave its multiprocessor."""
+    for row in (row for row in report.rows if row.kernel == "split_kernel"):
+        registers = row.registers * (1 if row.arch == "gfx942" else 32 * row.num_warps)
+        assert RESIDENT_PROGRAMS * registers <= (512 if row.arch == "gfx942" else 65_536), row
+        assert RESIDENT_PROGRAMS * row.shared_memory <= row.shared_memory_limit, row
 
 
 def test_nvidia_loads_are_asynchronous(report: Report) -> None:

@@ -52,7 +52,7 @@ FAULTS = [
 @pytest.mark.parametrize(("attend", "shape"), CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_attention_on_a_cpu_equals_float64(attend: Attend, shape: Shape, dtype: torch.dtype) -> None:
-    check(attend, make_problem(shape, dtype, CPU).as_int8(), backend="cpu")
+    check(attend, make_problem(shape, dtype, CPU).as_codes(), backend="cpu")
 
 
 def written(
@@ -118,7 +118,7 @@ def test_caches_and_scales_belong_together() -> None:
 def test_attention_in_triton_equals_float64(
     attend: Attend, shape: Shape, dtype: torch.dtype, triton_device: torch.device
 ) -> None:
-    check(attend, make_problem(shape, dtype, triton_device).as_int8())
+    check(attend, make_problem(shape, dtype, triton_device).as_codes())
 
 
 @pytest.mark.parametrize("head_dim", [64, 36])
@@ -131,7 +131,7 @@ def test_codes_of_triton_are_those_of_the_quantizer(head_dim: int, triton_device
 def test_faults_are_caught(
     attend: Attend, shape: Shape, op: str, old: str, new: str, triton_device: torch.device, tmp_path: Path
 ) -> None:
-    problem = make_problem(shape, torch.float32, triton_device).as_int8()
+    problem = make_problem(shape, torch.float32, triton_device).as_codes()
     run = getattr(triton_interpreter.load_variant(op, tmp_path, []), op)
     check(attend, problem, run=run)
     run = getattr(triton_interpreter.load_variant(op, tmp_path, [(old, new)]), op)
