@@ -9,6 +9,7 @@ import torch
 
 from quire.config import ConfigError, EngineConfig, Quantization
 from quire.kernels.quantized_linear import is_fast_here
+from quire.kernels.targets import current_target
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +68,18 @@ def cpu_has_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags
 
 
-def choose_kv_cache_dtype(config: EngineConfig, dtype: torch.dtype) -> torch.dtype:
-    return torch.int8 if config.kv_cache_dtype == "int8" else dtype
+def choose_kv_cache_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    if config.kv_cache_dtype == "auto":
+        return dtype
+    if config.kv_cache_dtype == "int8":
+        return torch.int8
+    fp8 = None if device.type == "cpu" else current_target(device).fp8
+    if fp8 is None:
+        raise ConfigError(
+            "--kv-cache-dtype fp8 needs an NVIDIA GPU of compute capability 8.9 or newer, or AMD's gfx942; "
+            "use --kv-cache-dtype int8 here, it takes as much memory."
+        )
+    return fp8
 
 
 def choose_step_budget(config: EngineConfig, device: torch.device, max_num_seqs: int) -> int:

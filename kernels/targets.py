@@ -26,6 +26,13 @@ class Target:
     def warp_size(self) -> int:
         return 32 if self.vendor == "cuda" else 64
 
+    @property
+    def fp8(self) -> torch.dtype | None:
+        """The e4m3 that its instructions convert, None if there are none."""
+        if isinstance(self.arch, int):
+            return torch.float8_e4m3fn if self.arch >= 89 else None
+        return torch.float8_e4m3fnuz if self.arch == "gfx942" else None
+
 
 A100 = Target("cuda", 80, 166_912, 108)
 H100 = Target("cuda", 90, 232_448, 132)

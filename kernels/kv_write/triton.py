@@ -59,8 +59,12 @@ def _store_codes(
     largest = tl.where(largest < SMALLEST_RANGE, SMALLEST_RANGE, largest)
     bits = (largest * (1 / LARGEST_CODE)).to(tl.int32, bitcast=True)
     rounded = ((tl.minimum(bits, 0x7FC00000) + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
-    shifted = x * tl.div_rn(1.0, rounded) + 12582912.0  # 1.5 * 2**23: leaves the nearest integer in the low bits
-    tl.store(codes, shifted.to(tl.int32, bitcast=True).to(tl.int8), mask=mask)
+    quotients = x * tl.div_rn(1.0, rounded)
+    if codes.dtype.element_ty == tl.int8:
+        shifted = quotients + 12582912.0  # 1.5 * 2**23: leaves the nearest integer in the low bits
+        tl.store(codes, shifted.to(tl.int32, bitcast=True).to(tl.int8), mask=mask)
+    else:
+        tl.store(codes, quotients.to(codes.dtype.element_ty), mask=mask)
     tl.store(scale, rounded.to(scale.dtype.element_ty))
 
 
@@ -121,7 +125,7 @@ def kv_write(
             HEAD_DIM=head_dim,
             BLOCK_SIZE=k_cache.shape[2],
             SMALLEST_RANGE=SMALLEST_RANGE,
-            LARGEST_CODE=LARGEST_CODE,
+            LARGEST_CODE=LARGEST_CODE[k_cache.dtype],
             BLOCK=triton.next_power_of_2(head_dim),
             num_warps=1,
         )

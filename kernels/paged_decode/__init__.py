@@ -29,8 +29,8 @@ def paged_decode(
 
     Args:
         query: [S, Hq, D]; float32, float16 or bfloat16, any D. The last dimension is contiguous.
-        k_cache: [num_blocks, Hk, block_size, D] in query's dtype, or int8 with scales; a block of one head is
-            contiguous. Hk divides Hq.
+        k_cache: [num_blocks, Hk, block_size, D] in query's dtype, or int8 or (on GPUs) fp8 with scales; a block
+            of one head is contiguous. Hk divides Hq.
         v_cache: like k_cache, with the same strides.
         block_tables: [S, M] int32, rows contiguous: the ids of a sequence's blocks in order. Entries past its length,
             and those that a sliding window has left behind, are never followed: they may be 0 or stale.
@@ -39,8 +39,8 @@ def paged_decode(
         scale: factor of the scores, positive, usually D ** -0.5.
         sliding_window: W: only positions j with seq_len - 1 - j < W are seen; None sees all.
         out: where to write; None for a new tensor. The last dimension is contiguous.
-        k_scales: [num_blocks, Hk, block_size] bfloat16, the last dimension contiguous: what the codes of a slot of an
-            int8 cache are multiplied with. None for other caches.
+        k_scales: [num_blocks, Hk, block_size] bfloat16, the last dimension contiguous: what the codes of a
+            slot are multiplied with. None for other caches.
         v_scales: like k_scales, with the same strides.
         backend: "auto" goes by query's device.
 

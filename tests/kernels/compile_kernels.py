@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from quire.kernels.quantization import LARGEST_CODE
 from quire.kernels.targets import A100, B200, H100, MI300, Target
 
 TYPE_NAMES = {
@@ -32,6 +33,8 @@ TYPE_NAMES = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.float64: "*fp64",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e4m3fnuz: "*fp8e4b8",
     torch.int8: "*i8",
     torch.int32: "*i32",
     torch.int64: "*i64",
@@ -180,19 +183,24 @@ def caches(dtype: torch.dtype, head_dim: int) -> tuple[torch.Tensor, torch.Tenso
     return tensor(*shape, dtype=dtype), tensor(*shape, dtype=dtype)
 
 
-def int8_caches(head_dim: int) -> tuple[torch.Tensor, ...]:
-    """Two caches and their scales."""
-    shape = (1024, NUM_KV_HEADS, PAGE)
-    return *caches(torch.int8, head_dim), *(tensor(*shape, dtype=torch.bfloat16) for _ in range(2))
+def pages_of(dtype: torch.dtype, head_dim: int) -> tuple[torch.Tensor, ...]:
+    """Two caches, and their scales if they hold codes."""
+    scales = (tensor(1024, NUM_KV_HEADS, PAGE, dtype=torch.bfloat16) for _ in range(2))
+    return (*caches(dtype, head_dim), *scales) if dtype in LARGEST_CODE else caches(dtype, head_dim)
 
 
 def decode(
-    dtype: torch.dtype, head_dim: int, num_seqs: int, window: int | None, target: Target, *, int8: bool = False
+    dtype: torch.dtype,
+    head_dim: int,
+    num_seqs: int,
+    window: int | None,
+    target: Target,
+    codes: torch.dtype | None = None,
 ) -> list[Launch]:
     query = tensor(num_seqs, NUM_HEADS, head_dim, dtype=dtype)
     tables = tensor(num_seqs, CONTEXT // PAGE, dtype=torch.int32)
     lens = tensor(num_seqs, dtype=torch.int32)
-    pages = int8_caches(head_dim) if int8 else caches(dtype, head_dim)
+    pages = pages_of(codes or dtype, head_dim)
     return launches("paged_decode", target, query, *pages[:2], tables, lens, 0.1, window, None, *pages[2:])
 
 
@@ -203,14 +211,13 @@ def prefill(
     query_len: int,
     window: int | None,
     target: Target,
-    *,
-    int8: bool = False,
+    codes: torch.dtype | None = None,
 ) -> list[Launch]:
     query = tensor(num_seqs * query_len, NUM_HEADS, head_dim, dtype=dtype)
     tables = tensor(num_seqs, CONTEXT // PAGE, dtype=torch.int32)
     lens = tensor(num_seqs, dtype=torch.int32)
     starts = tensor(num_seqs + 1, dtype=torch.int32)
-    pages = int8_caches(head_dim) if int8 else caches(dtype, head_dim)
+    pages = pages_of(codes or dtype, head_dim)
     arguments = (query, *pages[:2], tables, lens, starts, 0.1, query_len, window, None, *pages[2:])
     return launches("paged_prefill", target, *arguments)
 
@@ -223,7 +230,8 @@ def small_operations(dtype: torch.dtype, head_dim: int, target: Target) -> list[
     query, key, value = qkv.split([NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS], dim=1)
     positions = tensor(num_tokens, dtype=torch.int64)
     cos_sin = tensor(CONTEXT, head_dim, dtype=torch.float32)
-    pages = int8_caches(head_dim)
+    kinds = [torch.int8] if target.fp8 is None else [torch.int8, target.fp8]
+    coded = [pages_of(codes, head_dim) for codes in kinds]
     return [
         *launches("rms_norm", target, hidden, tensor(hidden_size, dtype=dtype), 1e-6),
         *launches(
@@ -232,7 +240,7 @@ def small_operations(dtype: torch.dtype, head_dim: int, target: Target) -> list[
         *launches("rms_norm", target, query, tensor(head_dim, dtype=dtype), 1e-6),
         *launches("rope", target, query, key, positions, cos_sin),
         *launches("kv_write", target, key, value, *caches(dtype, head_dim), positions),
-        *launches("kv_write", target, key, value, *pages[:2], positions, *pages[2:]),
+        *(launch for p in coded for launch in launches("kv_write", target, key, value, *p[:2], positions, *p[2:])),
     ]
 
 
@@ -258,8 +266,11 @@ def cases() -> Iterator[tuple[str, Target, list[Launch]]]:
             kind = f"{TYPE_NAMES[dtype][1:]}-d{head_dim}"
             yield f"decode-{kind}", target, decode(dtype, head_dim, 8, None, target)
             yield f"prefill-{kind}", target, prefill(dtype, head_dim, 2, 1024, None, target)
-            yield f"decode-{kind}-int8", target, decode(dtype, head_dim, 8, None, target, int8=True)
-            yield f"prefill-{kind}-int8", target, prefill(dtype, head_dim, 2, 1024, None, target, int8=True)
+            yield f"decode-{kind}-int8", target, decode(dtype, head_dim, 8, None, target, torch.int8)
+            yield f"prefill-{kind}-int8", target, prefill(dtype, head_dim, 2, 1024, None, target, torch.int8)
+            if target.fp8 is not None and dtype == bf16:
+                yield f"decode-{kind}-fp8", target, decode(dtype, head_dim, 8, None, target, target.fp8)
+                yield f"prefill-{kind}-fp8", target, prefill(dtype, head_dim, 2, 1024, None, target, target.fp8)
             if (dtype, head_dim) != (fp16, 64):
                 yield f"layer-{kind}", target, small_operations(dtype, head_dim, target)
         yield "decode-bf16-d128-window-1seq", target, decode(bf16, 128, 1, 1024, target)
@@ -268,10 +279,12 @@ def cases() -> Iterator[tuple[str, Target, list[Launch]]]:
         yield "prefill-bf16-d128-window-1seq", target, prefill(bf16, 128, 1, 1024, 1024, target)
         yield "prefill-bf16-d128-short", target, prefill(bf16, 128, 8, 16, None, target)
         yield "prefill-bf16-d256", target, prefill(bf16, 256, 2, 1024, None, target)
-        yield "prefill-bf16-d128-int8-window-1seq", target, prefill(bf16, 128, 1, 1024, 1024, target, int8=True)
+        yield "prefill-bf16-d128-int8-window-1seq", target, prefill(bf16, 128, 1, 1024, 1024, target, torch.int8)
         for vocab_size in (151_936, 262_144, 32_003):
             yield f"sampling-fp32-v{vocab_size}", target, sampling(vocab_size, target)
-    yield "decode-bf16-d80", H100, decode(bf16, 80, 8, None, H100)
+        for head_dim in (80, 96):
+            yield f"decode-bf16-d{head_dim}", target, decode(bf16, head_dim, 8, None, target)
+        yield "decode-bf16-d256-int8-window", target, decode(bf16, 256, 8, 1024, target, torch.int8)
     yield "prefill-bf16-d80", H100, prefill(bf16, 80, 2, 1024, None, H100)
 
 

@@ -94,6 +94,18 @@ def test_which_blocks_hold_a_sequence_changes_no_bit(triton_device: torch.device
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+def test_what_a_neighbour_holds_changes_no_bit(triton_device: torch.device) -> None:
+    """Sequences share programs, and pieces of them lie side by side: a NaN stays with whom it belongs to."""
+    problem = make_problem(shape_of(100, 230, 90, num_kv_heads=1, head_dim=32), torch.bfloat16, triton_device)
+    options = with_shares(problem, num_shares=4)
+    expected = run_decode(problem, **options)  # type: ignore[arg-type]
+    problem.query[1] = float("nan")
+    result = run_decode(problem, **options)  # type: ignore[arg-type]
+    assert result[1].isnan().all()
+    assert torch.equal(result[::2], expected[::2])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU orders its programs itself")
 def test_order_of_programs_changes_no_bit(triton_device: torch.device) -> None:
     problem = make_problem(shape_of(330, 0, 70, 5, num_kv_heads=2, head_dim=32), torch.float16, triton_device)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
@@ -50,7 +51,20 @@ def narrow(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
 
 
+def widen_float8(bits: np.ndarray) -> np.ndarray:
+    """Bit patterns of e4m3 as float32."""
+    return torch.from_numpy(np.ascontiguousarray(bits)).view(torch.float8_e4m3fn).float().numpy()
+
+
+def narrow_float8(values: np.ndarray) -> np.ndarray:
+    """float32 as bit patterns of e4m3, rounded to nearest even; too large ones become the largest, as on GPUs."""
+    numbers = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).clamp(-448, 448)
+    return numbers.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+
 def _wide(handle: Any) -> Any:
+    if handle.get_element_ty() == tl.float8e4nv:
+        return interpreter.TensorHandle(widen_float8(handle.data), tl.float32)
     if handle.get_element_ty() != tl.bfloat16:
         return handle
     return interpreter.TensorHandle(widen(handle.data), tl.float32)
@@ -66,7 +80,7 @@ def _is_bfloat16(handle: Any) -> bool:
 
 @contextmanager
 def bfloat16_arithmetic() -> Iterator[None]:
-    """Within it the interpreter's dots, operators and casts compute bfloat16 by way of float32."""
+    """Within it the interpreter's dots, operators and casts compute bfloat16 by way of float32 and round e4m3."""
     builder = interpreter.InterpreterBuilder
     names = ("create_dot", "binary_op", "unary_op", "create_fma", "cast_impl", "create_fp_to_fp")
     original: dict[str, Callable[..., Any]] = {name: getattr(builder, name) for name in names}
@@ -88,12 +102,16 @@ def bfloat16_arithmetic() -> Iterator[None]:
         return _narrow(result) if _is_bfloat16(z) else result
 
     def cast_impl(self: Any, source: Any, target_type: Any) -> Any:
+        if target_type.scalar == tl.float8e4nv:
+            values = original["cast_impl"](self, _wide(source), tl.float32).data
+            return interpreter.TensorHandle(narrow_float8(values), tl.float8e4nv)
         if target_type.scalar != tl.bfloat16:
             return original["cast_impl"](self, _wide(source), target_type)
         return _narrow(original["cast_impl"](self, _wide(source), tl.float32))
 
     def create_fp_to_fp(self: Any, source: Any, target_type: Any, rounding_mode: Any) -> Any:
-        if _is_bfloat16(source) or target_type.scalar == tl.bfloat16:
+        corrected = (tl.bfloat16, tl.float8e4nv)
+        if source.get_element_ty() in corrected or target_type.scalar in corrected:
             return cast_impl(self, source, target_type)
         return original["create_fp_to_fp"](self, source, target_type, rounding_mode)
 
