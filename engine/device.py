@@ -10,6 +10,7 @@ import torch
 from quire.config import ConfigError, EngineConfig, Quantization
 from quire.kernels.fp8_linear import code_dtype
 from quire.kernels.quantized_linear import is_fast_here
+from quire.kernels.targets import current_target
 from quire.models.fp8_checkpoint import Fp8Checkpoint
 
 log = logging.getLogger(__name__)
@@ -99,11 +100,17 @@ def cpu_has_bfloat16() -> bool:
 
 
 def choose_kv_cache_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    if config.kv_cache_dtype != "int8":
+    if config.kv_cache_dtype == "auto":
         return dtype
-    if device.type != "cpu":
-        raise ConfigError("--kv-cache-dtype int8 is for CPUs so far; on a GPU leave it out, or add --device cpu.")
-    return torch.int8
+    if config.kv_cache_dtype == "int8":
+        return torch.int8
+    fp8 = None if device.type == "cpu" else current_target(device).fp8
+    if fp8 is None:
+        raise ConfigError(
+            "--kv-cache-dtype fp8 needs an NVIDIA GPU of compute capability 8.9 or newer, or AMD's gfx942; "
+            "use --kv-cache-dtype int8 here, it takes as much memory."
+        )
+    return fp8
 
 
 def choose_step_budget(config: EngineConfig, device: torch.device, max_num_seqs: int) -> int:

@@ -6,16 +6,17 @@ import torch
 
 from quire.engine.log_prob_pages import LogProbPages
 from quire.engine.zeroed_memory import zeroed
+from quire.kernels.quantization import LARGEST_CODE
 from quire.models.config import ModelConfig
 from quire.models.kv_cache import KVCache
 
-SCALE_DTYPE = torch.float32
+SCALE_DTYPE = torch.bfloat16
 
 
 def bytes_per_block(config: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
-    """Bytes that one block takes over all layers, K and V, with the scales that int8 pages have."""
+    """Bytes that one block takes over all layers, K and V, with the scales that pages of codes have."""
     num_vectors = 2 * config.num_layers * config.num_kv_heads * block_size
-    scale_bytes = SCALE_DTYPE.itemsize if dtype == torch.int8 else 0
+    scale_bytes = SCALE_DTYPE.itemsize if dtype in LARGEST_CODE else 0
     return num_vectors * (config.head_dim * dtype.itemsize + scale_bytes)
 
 
@@ -25,7 +26,7 @@ class KVStorage:
     `log_probs` are the stored log-probabilities of the same blocks, on the host.
 
     Args:
-        dtype: of the pages: the model's, or int8.
+        dtype: of the pages: the model's, or one of codes.
     """
 
     def __init__(
@@ -41,7 +42,8 @@ class KVStorage:
         shape = (config.num_layers, 2, num_blocks, config.num_kv_heads, block_size)
         pages = zeroed((*shape, config.head_dim), dtype, device)
         self._parts = [pages]  # each [num_layers, 2, num_blocks, ...]
-        if dtype == torch.int8:
+        if dtype in LARGEST_CODE:
+            self._parts = [pages.view(torch.int8)]  # torch copies bytes wherever it runs, fp8 not everywhere
             scales = zeroed(shape, SCALE_DTYPE, device)
             self._parts.append(scales)
             self.layers = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from quire.kernels.backend import Body
+from quire.kernels.quantization import LARGEST_CODE
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -42,23 +43,24 @@ def check_caches(k_cache: torch.Tensor, v_cache: torch.Tensor, num_kv_heads: int
 
 
 def check_scales(
-    k_cache: torch.Tensor, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None, dtype: torch.dtype
+    k_cache: torch.Tensor, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None, dtype: torch.dtype, body: Body
 ) -> None:
-    """A cache in `dtype` and no scales, or an int8 cache and two float32 scales for each of its slots."""
+    """A cache in `dtype` and no scales, or a cache of int8 or fp8 codes and a bfloat16 scale for each slot of each."""
     if k_scales is None or v_scales is None:
         require(k_scales is None and v_scales is None, "scales come for both k_cache and v_cache, or for neither")
-        require(k_cache.dtype != torch.int8, "an int8 cache needs k_scales and v_scales", k_cache)
+        require(k_cache.dtype not in LARGEST_CODE, "a cache of codes needs k_scales and v_scales", k_cache)
         require(k_cache.dtype == dtype, f"the cache must have the dtype of what it is used with, {dtype}", k_cache)
         return
-    require(k_cache.dtype == torch.int8, "only an int8 cache has scales", k_cache)
+    require(k_cache.dtype in LARGEST_CODE, "only a cache of int8 or fp8 codes has scales", k_cache)
+    require(body != "cpu" or k_cache.dtype == torch.int8, "fp8 pages are for GPUs; use int8 ones on a CPU", k_cache)
     for scales in (k_scales, v_scales):
         require(
             scales.shape == k_cache.shape[:3]
-            and scales.dtype == torch.float32
+            and scales.dtype == torch.bfloat16
             and scales.stride() == k_scales.stride()
             and scales.stride(2) == 1
             and scales.device == k_cache.device,
-            "scales must be float32 [num_blocks, num_kv_heads, block_size] with the same strides, the last dimension "
+            "scales must be bfloat16 [num_blocks, num_kv_heads, block_size] with the same strides, the last dimension "
             "contiguous",
             scales,
             k_cache,
@@ -87,7 +89,7 @@ def check_attention(
     check_dtype(query, body)
     require(k_cache.dim() == 4, "k_cache must be [num_blocks, num_kv_heads, block_size, head_dim]", k_cache)
     check_caches(k_cache, v_cache, k_cache.shape[1], query.shape[2])
-    check_scales(k_cache, k_scales, v_scales, query.dtype)
+    check_scales(k_cache, k_scales, v_scales, query.dtype, body)
     require(
         query.shape[1] % k_cache.shape[1] == 0, "the query heads must be a multiple of the KV heads", query, k_cache
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -32,7 +33,12 @@ def store_codes(builder: Builder, kinds: Kinds, row: Value, head_dim: Value, cod
     smallest = builder.bitcast(ir.Constant(F32, SMALLEST_RANGE), I32)
     bits = lanes.call(builder, f"llvm.vector.reduce.smax.v{LANES}i32", I32, [builder.load(best)])
     largest = builder.bitcast(builder.select(builder.icmp_signed(">", bits, smallest), bits, smallest), F32)
-    inverse = lanes.splat(builder, builder.fdiv(ir.Constant(F32, LARGEST_CODE), largest))
+    bits = builder.bitcast(builder.fmul(largest, ir.Constant(F32, 1 / LARGEST_CODE[torch.int8])), I32)
+    quiet = ir.Constant(I32, 0x7FC00000)
+    bits = builder.select(builder.icmp_signed("<", bits, quiet), bits, quiet)
+    bits = builder.and_(builder.add(bits, ir.Constant(I32, 0xFFFF)), ir.Constant(I32, -0x10000))
+    scale = builder.bitcast(bits, F32)
+    inverse = lanes.splat(builder, builder.fdiv(ir.Constant(F32, 1.0), scale))
 
     def convert(dim: Value, _: int, mask: Value | None) -> None:
         numbers = builder.fmul(load(builder, at(builder, row, dim), kinds[0].dtype, mask), inverse)
@@ -41,4 +47,4 @@ def store_codes(builder: Builder, kinds: Kinds, row: Value, head_dim: Value, cod
         lanes.store_elements(builder, vector, at(builder, codes, dim), mask)
 
     lanes.over_dims(builder, head_dim, 1, convert)
-    return builder.fmul(largest, ir.Constant(F32, 1 / LARGEST_CODE))
+    return scale

@@ -220,13 +220,12 @@ def unpack_row(builder: Builder, kinds: Kinds, row: Value, head_dim: Value, fact
 
 @emitted(nothing)
 def multiply_row(builder: Builder, kinds: Kinds, row: Value, factors: Value, count: Value) -> None:
-    """row[i] *= factors[i] for `count` numbers."""
+    """row[i] *= factors[i] for `count` float32 and as many elements."""
 
     def block(first: Value, _: int, mask: Value | None) -> None:
-        target, kind = at(builder, row, first), kinds[0].dtype
-        products = builder.fmul(
-            load(builder, target, kind, mask), load(builder, at(builder, factors, first), kind, mask)
-        )
+        target = at(builder, row, first)
+        vector = load(builder, at(builder, factors, first), kinds[1].dtype, mask)
+        products = builder.fmul(load(builder, target, mask=mask), vector)
         if mask is None:
             store(builder, products, target)
         else:

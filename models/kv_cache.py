@@ -13,11 +13,11 @@ class KVCache(NamedTuple):
     """Keys and values of one layer in blocks."""
 
     keys: torch.Tensor
-    """[num_blocks, num_kv_heads, block_size, head_dim], in the model's dtype or int8."""
+    """[num_blocks, num_kv_heads, block_size, head_dim], in the model's dtype or as int8 or fp8 codes."""
     values: torch.Tensor
     """Like `keys`."""
     key_scales: torch.Tensor | None = None
-    """[num_blocks, num_kv_heads, block_size] float32: what the int8 codes of a slot are multiplied with."""
+    """[num_blocks, num_kv_heads, block_size] bfloat16: what the codes of a slot are multiplied with."""
     value_scales: torch.Tensor | None = None
     """Like `key_scales`."""
 

@@ -23,8 +23,8 @@ class Model(Protocol):
 
         Args:
             batch: its tensors on the model's device.
-            kv_caches: of each layer, keys and values [num_blocks, num_kv_heads, block_size, head_dim] in int8 or in the
-                model's dtype. The step's keys and values are written at `batch.slot_mapping`.
+            kv_caches: of each layer, keys and values [num_blocks, num_kv_heads, block_size, head_dim] as codes or in
+                the model's dtype. The step's keys and values are written at `batch.slot_mapping`.
 
         Returns:
             Final hidden states [R, hidden_size], one row for each of `batch.logits_indices`: what `logits` takes.

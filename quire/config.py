@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from quire.sampling_params import MAX_LOGPROBS, MAX_SPECULATIVE_TOKENS
 
-KVCacheDType = Literal["auto", "int8"]
+KVCacheDType = Literal["auto", "int8", "fp8"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 Quantization = Literal["int8", "int4", "fp8"]
@@ -70,7 +70,7 @@ class EngineConfig:
     dtype: DType = "auto"
     device: Device = "auto"
     kv_cache_dtype: KVCacheDType = "auto"
-    """Of the KV-cache's pages: the model's dtype, or int8 with a scale for each token and head."""
+    """Of the KV-cache's pages: the model's dtype, or int8 or fp8 with a scale for each token and head."""
     quantization: Quantization | None = None
     """To what weights are rounded at load: on a CPU int8 or int4, embedding and head always to int8; on a GPU fp8,
     without embedding and head."""
@@ -121,7 +121,7 @@ class EngineConfig:
             if not self.enable_chunked_prefill:
                 raise ConfigError("--target-itl-ms sizes chunks of prompts: leave out --no-enable-chunked-prefill.")
         if self.kv_cache_dtype not in get_args(KVCacheDType):
-            raise ConfigError(f"--kv-cache-dtype must be auto or int8, not {self.kv_cache_dtype!r}.")
+            raise ConfigError(f"--kv-cache-dtype must be auto, int8 or fp8, not {self.kv_cache_dtype!r}.")
         if self.quantization not in (None, *get_args(Quantization)):
             raise ConfigError(
                 f"--quantization must be {' or '.join(get_args(Quantization))}, not {self.quantization!r}."

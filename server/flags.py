@@ -106,10 +106,10 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     memory = parser.add_argument_group("KV-cache")
     memory.add_argument(
         "--kv-cache-dtype",
-        choices=("auto", "int8"),
+        choices=("auto", "int8", "fp8"),
         default="auto",
-        help="int8: a byte for each number and a scale for each token and head, about half the memory of bfloat16 "
-        "(default: %(default)s, the model's dtype)",
+        help="int8: a byte for each number and a scale for each token and head, about half the memory of bfloat16; "
+        "fp8: as much, as e4m3, on GPUs that have it (default: %(default)s, the model's dtype)",
     )
     memory.add_argument(
         "--gpu-memory-utilization",

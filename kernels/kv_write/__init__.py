@@ -19,10 +19,10 @@ def kv_write(
     *,
     backend: Backend = "auto",
 ) -> None:
-    """Store token t's key and value at slot `slot_mapping[t]` of the caches, cast to their dtype or as int8 codes.
+    """Store token t's key and value at slot `slot_mapping[t]` of the caches, cast to their dtype or as codes.
 
-    Codes are multiples of a scale of the token's own for each KV head, its largest magnitude divided by 127: they are
-    off by half a scale at most, and depend on nothing but the token (`kernels/quantization.py`).
+    Codes, int8 or fp8, are multiplied with a scale that each token has of its own for each KV head: they depend on
+    nothing but the token (`kernels/quantization.py`).
 
     A slot is block_id * block_size + offset. Padding tokens point into block 0, the null block, where several may
     collide: its contents are undefined. All other slots of a call must differ.
@@ -31,12 +31,12 @@ def kv_write(
         key: [T, num_kv_heads, head_dim]; float32, float16 or bfloat16. The last dimension is contiguous, the others may
             have any strides.
         value: like key.
-        k_cache: [num_blocks, num_kv_heads, block_size, head_dim], floating-point or int8; a block of one head is
-            contiguous.
+        k_cache: [num_blocks, num_kv_heads, block_size, head_dim], floating-point, or codes: int8 and on GPUs fp8
+            (float8_e4m3fn, on AMD's float8_e4m3fnuz); a block of one head is contiguous.
         v_cache: like k_cache, with the same strides.
         slot_mapping: [T] int64, contiguous, each in [0, num_blocks * block_size).
-        k_scales: [num_blocks, num_kv_heads, block_size] float32 for an int8 cache, the last dimension contiguous;
-            None for other caches.
+        k_scales: [num_blocks, num_kv_heads, block_size] bfloat16 for a cache of codes, the last dimension
+            contiguous; None for other caches.
         v_scales: like k_scales, with the same strides.
         backend: "auto" goes by key's device.
 
@@ -60,9 +60,9 @@ def kv_write(
         key,
     )
     check_caches(k_cache, v_cache, key.shape[1], key.shape[2])
-    if k_cache.dtype != torch.int8:
+    check_scales(k_cache, k_scales, v_scales, k_cache.dtype, body)
+    if k_scales is None:
         check_dtype(k_cache, body)
-    check_scales(k_cache, k_scales, v_scales, k_cache.dtype)
     require(
         slot_mapping.shape == key.shape[:1] and slot_mapping.dtype == torch.int64 and slot_mapping.is_contiguous(),
         "slot_mapping must be contiguous int64 [T]",
@@ -77,12 +77,8 @@ def kv_write(
         slot_mapping,
     )
     if body == "triton":
-        from quire.kernels.kv_write.triton import kv_write as run_on_gpu
-
-        require(k_scales is None, "int8 pages are for CPUs: there are no GPU kernels for them")
-        run_on_gpu(key, value, k_cache, v_cache, slot_mapping)
-        return
-    if body == "cpu":
+        from quire.kernels.kv_write.triton import kv_write as run
+    elif body == "cpu":
         from quire.kernels.kv_write.cpu import kv_write as run
     else:
         from quire.kernels.kv_write.reference import kv_write as run

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from quire.kernels.cpu_elements import float32_pointer, int8_pointer, int64_pointer, move, pointer_to, take
+from quire.kernels.cpu_elements import bfloat16_pointer, int8_pointer, int64_pointer, move, pointer_to, take, write
 from quire.kernels.cpu_quantization import store_codes
 from quire.kernels.cpu_workers import Worker, row_threads
 
@@ -66,7 +66,7 @@ def _write_codes(shared: Any) -> None:
     slots, block_size = int64_pointer(parameters[SLOTS]), parameters[BLOCK_SIZE]
     key, value = pointer_to(parameters[KEY], shared), pointer_to(parameters[VALUE], shared)
     k_cache, v_cache = int8_pointer(parameters[K_CACHE]), int8_pointer(parameters[V_CACHE])
-    k_scales, v_scales = float32_pointer(parameters[K_SCALES]), float32_pointer(parameters[V_SCALES])
+    k_scales, v_scales = bfloat16_pointer(parameters[K_SCALES]), bfloat16_pointer(parameters[V_SCALES])
     first_token = take(parameters) * _TOKENS_PER_UNIT
     while first_token < num_tokens:
         for token in range(first_token, min(first_token + _TOKENS_PER_UNIT, num_tokens)):
@@ -76,8 +76,8 @@ def _write_codes(shared: Any) -> None:
                 scale = block * parameters[SCALES_BLOCK_STRIDE] + head * parameters[SCALES_HEAD_STRIDE] + offset
                 keys = move(key, token * parameters[KEY_STRIDE] + head * parameters[KEY_HEAD_STRIDE])
                 values = move(value, token * parameters[VALUE_STRIDE] + head * parameters[VALUE_HEAD_STRIDE])
-                k_scales[scale] = store_codes(keys, head_dim, move(k_cache, target))
-                v_scales[scale] = store_codes(values, head_dim, move(v_cache, target))
+                write(k_scales, scale, store_codes(keys, head_dim, move(k_cache, target)))
+                write(v_scales, scale, store_codes(values, head_dim, move(v_cache, target)))
         first_token = take(parameters) * _TOKENS_PER_UNIT
 
 

@@ -22,4 +22,4 @@ def kv_write(
         if scales is None:
             cache[block_ids, :, offsets] = tokens.to(cache.dtype)
         else:
-            cache[block_ids, :, offsets], scales[block_ids, :, offsets] = quantize(tokens)
+            cache[block_ids, :, offsets], scales[block_ids, :, offsets] = quantize(tokens, cache.dtype)

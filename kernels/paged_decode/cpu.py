@@ -11,6 +11,7 @@ import torch
 from quire.kernels import cpu_attention as call
 from quire.kernels import cpu_vector as vector
 from quire.kernels.cpu_elements import (
+    bfloat16_pointer,
     float32_pointer,
     int8_pointer,
     int32_pointer,
@@ -97,7 +98,7 @@ def _block(parameters, cache, table, block):  # type: ignore[no-untyped-def]
 def _multiply_scales(parameters, scales, block_id, first, last, lines, stride):  # type: ignore[no-untyped-def]
     """lines[head, t] *= the scale of the slot first + t of a block, up to its slot `last`; a no-op without scales."""
     if scales != 0:
-        factors = move(float32_pointer(scales), np.int64(block_id) * parameters[call.SCALES_BLOCK_STRIDE] + first)
+        factors = move(bfloat16_pointer(scales), np.int64(block_id) * parameters[call.SCALES_BLOCK_STRIDE] + first)
         for head in range(parameters[call.GROUP_SIZE]):
             vector.multiply_row(move(lines, head * stride), factors, last - first)
 
@@ -205,8 +206,8 @@ def _attend_unit(  # type: ignore[no-untyped-def]
     keys, table, _, last_block = _blocks(parameters, page, seq, kv_head, part)
     next_keys, next_table, next_block, next_last_block = _blocks(parameters, page, next_seq, next_kv_head, next_part)
     values = move(pointer_to(parameters[call.VALUES], page), kv_head * parameters[call.HEAD_STRIDE])
-    k_scales = parameters[call.K_SCALES] + 4 * kv_head * parameters[call.SCALES_HEAD_STRIDE]
-    v_scales = parameters[call.V_SCALES] + 4 * kv_head * parameters[call.SCALES_HEAD_STRIDE]
+    k_scales = parameters[call.K_SCALES] + 2 * kv_head * parameters[call.SCALES_HEAD_STRIDE]
+    v_scales = parameters[call.V_SCALES] + 2 * kv_head * parameters[call.SCALES_HEAD_STRIDE]
     call.load_queries(parameters, shared, seq, 1, kv_head, queries)
     for chunk in range(part * chunks_per_unit, min((part + 1) * chunks_per_unit, num_chunks)):
         start = (first_chunk + chunk) * chunk_size

@@ -33,8 +33,8 @@ def paged_prefill(
 
     Args:
         query: [T, Hq, D]; float32, float16 or bfloat16, any D. The last dimension is contiguous.
-        k_cache: [num_blocks, Hk, block_size, D] in query's dtype, or int8 with scales; a block of one head is
-            contiguous. Hk divides Hq.
+        k_cache: [num_blocks, Hk, block_size, D] in query's dtype, or int8 or (on GPUs) fp8 with scales; a block
+            of one head is contiguous. Hk divides Hq.
         v_cache: like k_cache, with the same strides.
         block_tables: [S, M] int32, rows contiguous: the ids of a sequence's blocks in order. Entries past its length,
             and those that a sliding window has left behind, are never followed: they may be 0 or stale.
@@ -44,8 +44,8 @@ def paged_prefill(
         max_query_len: the longest query_len, known on the host.
         sliding_window: W: position p sees positions j <= p with p - j < W; None sees all.
         out: where to write; None for a new tensor. The last dimension is contiguous.
-        k_scales: [num_blocks, Hk, block_size] float32, the last dimension contiguous: what the codes of a slot of an
-            int8 cache are multiplied with. None for other caches.
+        k_scales: [num_blocks, Hk, block_size] bfloat16, the last dimension contiguous: what the codes of a
+            slot are multiplied with. None for other caches.
         v_scales: like k_scales, with the same strides.
         backend: "auto" goes by query's device.
 
@@ -73,11 +73,8 @@ def paged_prefill(
     )
     common = (query, k_cache, v_cache, block_tables, seq_lens, query_start, scale, max_query_len, sliding_window, out)
     if body == "triton":
-        from quire.kernels.paged_prefill.triton import paged_prefill as run_on_gpu
-
-        require(k_scales is None, "int8 pages are for CPUs: there are no GPU kernels for them")
-        return run_on_gpu(*common)
-    if body == "cpu":
+        from quire.kernels.paged_prefill.triton import paged_prefill as run
+    elif body == "cpu":
         from quire.kernels.paged_prefill.cpu import paged_prefill as run
     else:
         from quire.kernels.paged_prefill.reference import paged_prefill as run

@@ -49,8 +49,8 @@ def _unpack(  # type: ignore[no-untyped-def]
         factor = np.float32(1.0)
         if k_scales != 0:
             scale = block_id * parameters[call.SCALES_BLOCK_STRIDE] + slot
-            key_scales[column] = float32_pointer(k_scales)[scale]
-            factor = float32_pointer(v_scales)[scale]
+            key_scales[column] = elements.read(elements.bfloat16_pointer(k_scales), scale)
+            factor = elements.read(elements.bfloat16_pointer(v_scales), scale)
         addresses[column] = elements.address_of(move(keys, offset))
         target = move(tile_values, column * padded_dim)
         if position == start + column:
@@ -149,8 +149,8 @@ def _attend_tile(parameters, shared, page, seq, kv_head, first_token, scratch): 
     table = move(int32_pointer(parameters[call.TABLES]), seq * parameters[call.TABLE_STRIDE])
     keys = move(pointer_to(parameters[call.KEYS], page), kv_head * parameters[call.HEAD_STRIDE])
     values = move(pointer_to(parameters[call.VALUES], page), kv_head * parameters[call.HEAD_STRIDE])
-    k_scales = parameters[call.K_SCALES] + 4 * kv_head * parameters[call.SCALES_HEAD_STRIDE]
-    v_scales = parameters[call.V_SCALES] + 4 * kv_head * parameters[call.SCALES_HEAD_STRIDE]
+    k_scales = parameters[call.K_SCALES] + 2 * kv_head * parameters[call.SCALES_HEAD_STRIDE]
+    v_scales = parameters[call.V_SCALES] + 2 * kv_head * parameters[call.SCALES_HEAD_STRIDE]
     first, last = max(position - window + 1, 0), position + num_tokens
     for start in range(first // _TILE * _TILE, last, _TILE):
         taint = _unpack(

@@ -17,6 +17,9 @@ import triton.language as tl
 from quire.kernels.targets import Target, current_target
 
 MAX_HEADS_PER_PROGRAM = 16
+CODE_UNITS = 64
+"""Weights times scales of int8 values are multiplied by this and results divided: about half the largest value of a
+token, they neither overflow float16 nor vanish in it. A power of two, so it costs no bit."""
 
 
 @triton.jit
@@ -46,17 +49,25 @@ def _attend(
     kv_end: tl.tensor,
     k_head: tl.tensor,
     v_head: tl.tensor,
+    k_head_scales: tl.tensor,
+    v_head_scales: tl.tensor,
     table: tl.tensor,
     cache_stride_block: tl.tensor,
+    scales_stride_block: tl.tensor,
     scale_log2: tl.tensor,
     MASKED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    CODE_UNITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> tl.tuple:
-    """One tile of keys and values; without MASKED every row sees every key of it."""
+    """One tile of keys and values; without MASKED every row sees every key of it.
+
+    int8 codes are multiplied as they are, which is exact in query's dtype; scales of keys are multiplied into scores,
+    those of values into weights.
+    """
     position = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     dim = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     dim_mask = dim < HEAD_DIM
@@ -74,7 +85,17 @@ def _attend(
     k_at = k_head + slot[None, :] + dim[:, None]
     v_at = v_head + slot[:, None] + dim[None, :]
     k = tl.load(k_at, mask=k_mask, other=0.0) if MASKED or HEAD_DIM != BLOCK_D else tl.load(k_at)
-    scores = tl.dot(q, k, input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+    scores = tl.dot(q, k.to(q.dtype), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+    if k_head_scales is not None:
+        scale_at = block_id * scales_stride_block
+        scale_at += position % BLOCK_SIZE
+        if MASKED:
+            key_scales = tl.load(k_head_scales + scale_at, mask=present, other=0.0)
+            value_scales = tl.load(v_head_scales + scale_at, mask=present, other=0.0)
+        else:
+            key_scales = tl.load(k_head_scales + scale_at)
+            value_scales = tl.load(v_head_scales + scale_at)
+        scores *= key_scales.to(tl.float32)[None, :]
     if MASKED:
         distance = row_position[:, None] - position[None, :]
         visible = distance >= 0
@@ -89,7 +110,10 @@ def _attend(
     weights = tl.exp2(scores * scale_log2 - shift[:, None])
     decay = tl.exp2(highest - shift)
     v = tl.load(v_at, mask=v_mask, other=0.0) if MASKED or HEAD_DIM != BLOCK_D else tl.load(v_at)
-    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    factors = weights
+    if k_head_scales is not None:
+        factors = weights * (value_scales.to(tl.float32) * CODE_UNITS)[None, :]
+    acc = tl.dot(factors.to(q.dtype), v.to(q.dtype), acc * decay[:, None], input_precision="ieee")
     total = total * decay + tl.sum(weights, 1)
     return new_highest, total, acc
 
@@ -103,6 +127,8 @@ def prefill_kernel(
     query: tl.tensor,
     k_cache: tl.tensor,
     v_cache: tl.tensor,
+    k_scales: tl.tensor,
+    v_scales: tl.tensor,
     block_tables: tl.tensor,
     seq_lens: tl.tensor,
     query_start: tl.tensor,
@@ -113,6 +139,8 @@ def prefill_kernel(
     query_stride_head: tl.tensor,
     cache_stride_block: tl.tensor,
     cache_stride_head: tl.tensor,
+    scales_stride_block: tl.tensor,
+    scales_stride_head: tl.tensor,
     table_stride: tl.tensor,
     out_stride_token: tl.tensor,
     out_stride_head: tl.tensor,
@@ -121,6 +149,7 @@ def prefill_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    CODE_UNITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -164,27 +193,36 @@ def prefill_kernel(
     table = block_tables + sequence.to(tl.int64) * table_stride
     k_head = k_cache + kv_head.to(tl.int64) * cache_stride_head
     v_head = v_cache + kv_head.to(tl.int64) * cache_stride_head
+    k_head_scales, v_head_scales = k_scales, v_scales
+    if k_scales is not None:
+        k_head_scales += kv_head.to(tl.int64) * scales_stride_head
+        v_head_scales += kv_head.to(tl.int64) * scales_stride_head
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if WINDOW is not None:
         for tile in range(tile_begin, full_begin):
             highest, total, acc = _attend(
-                highest, total, acc, q, row_position, tile, kv_first, kv_end, k_head, v_head, table,
-                cache_stride_block, scale_log2, True, HEAD_DIM, BLOCK_SIZE, WINDOW, BLOCK_N, BLOCK_D,
+                highest, total, acc, q, row_position, tile, kv_first, kv_end, k_head, v_head,
+                k_head_scales, v_head_scales, table, cache_stride_block, scales_stride_block, scale_log2, True,
+                HEAD_DIM, BLOCK_SIZE, WINDOW, CODE_UNITS, BLOCK_N, BLOCK_D,
             )  # fmt: skip
     for tile in range(full_begin, full_end):
         highest, total, acc = _attend(
-            highest, total, acc, q, row_position, tile, kv_first, kv_end, k_head, v_head, table,
-            cache_stride_block, scale_log2, False, HEAD_DIM, BLOCK_SIZE, WINDOW, BLOCK_N, BLOCK_D,
+            highest, total, acc, q, row_position, tile, kv_first, kv_end, k_head, v_head,
+            k_head_scales, v_head_scales, table, cache_stride_block, scales_stride_block, scale_log2, False,
+            HEAD_DIM, BLOCK_SIZE, WINDOW, CODE_UNITS, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     for tile in range(full_end, tile_end):
         highest, total, acc = _attend(
-            highest, total, acc, q, row_position, tile, kv_first, kv_end, k_head, v_head, table,
-            cache_stride_block, scale_log2, True, HEAD_DIM, BLOCK_SIZE, WINDOW, BLOCK_N, BLOCK_D,
+            highest, total, acc, q, row_position, tile, kv_first, kv_end, k_head, v_head,
+            k_head_scales, v_head_scales, table, cache_stride_block, scales_stride_block, scale_log2, True,
+            HEAD_DIM, BLOCK_SIZE, WINDOW, CODE_UNITS, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
     result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    if k_scales is not None:
+        result *= 1 / CODE_UNITS
     out_row = (start + token).to(tl.int64) * out_stride_token + head * out_stride_head
     tl.store(out + out_row[:, None] + dim[None, :], result.to(out.dtype.element_ty), mask=q_mask)
 
@@ -202,7 +240,13 @@ class PrefillParameters:
 
 
 def prefill_parameters(
-    dtype: torch.dtype, head_dim: int, group_size: int, max_query_len: int, target: Target
+    dtype: torch.dtype,
+    head_dim: int,
+    group_size: int,
+    max_query_len: int,
+    target: Target,
+    *,
+    has_codes: bool = False,
 ) -> PrefillParameters:
     """The largest tiles that spill no register on the targets that the tests compile for.
 
@@ -224,6 +268,9 @@ def prefill_parameters(
     else:
         is_wide = target.vendor == "cuda" and has_large_mma and block_d <= 64
         block_m, block_n, num_warps = 128, (128 if is_wide else 64), 8
+    if has_codes and block_n > 16 and not (target.arch == 90 and block_d <= 128):
+        # Codes on their way to query's dtype take registers.
+        block_n //= 4 if target.vendor == "hip" and block_d == 128 else 2
     return PrefillParameters(
         heads_per_program=heads_per_program,
         block_m=block_m,
@@ -245,14 +292,21 @@ def paged_prefill(
     max_query_len: int,
     sliding_window: int | None = None,
     out: torch.Tensor | None = None,
+    k_scales: torch.Tensor | None = None,
+    v_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
     num_tokens, num_heads, head_dim = query.shape
     if num_tokens == 0:
         return out
     target = current_target(query.device)
-    parameters = prefill_parameters(query.dtype, head_dim, num_heads // k_cache.shape[1], max_query_len, target)
-    launch(query, k_cache, v_cache, block_tables, seq_lens, query_start, scale, sliding_window, out, parameters)
+    parameters = prefill_parameters(
+        *(query.dtype, head_dim, num_heads // k_cache.shape[1], max_query_len, target), has_codes=k_scales is not None
+    )
+    launch(
+        *(query, k_cache, v_cache, block_tables, seq_lens, query_start, scale, sliding_window, out),
+        *(k_scales, v_scales, parameters),
+    )
     return out
 
 
@@ -266,6 +320,8 @@ def launch(
     scale: float,
     sliding_window: int | None,
     out: torch.Tensor,
+    k_scales: torch.Tensor | None,
+    v_scales: torch.Tensor | None,
     parameters: PrefillParameters,
 ) -> None:
     """Fill `out` as paged_prefill does, with chosen parameters."""
@@ -280,6 +336,8 @@ def launch(
         query,
         k_cache,
         v_cache,
+        k_scales,
+        v_scales,
         block_tables,
         seq_lens,
         query_start,
@@ -290,6 +348,7 @@ def launch(
         query.stride(1),
         k_cache.stride(0),
         k_cache.stride(1),
+        *((0, 0) if k_scales is None else k_scales.stride()[:2]),
         block_tables.stride(0),
         out.stride(0),
         out.stride(1),
@@ -298,6 +357,7 @@ def launch(
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         WINDOW=sliding_window,
+        CODE_UNITS=CODE_UNITS,
         BLOCK_M=parameters.block_m,
         BLOCK_N=parameters.block_n,
         BLOCK_D=parameters.block_d,

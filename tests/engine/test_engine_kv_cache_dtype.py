@@ -10,6 +10,9 @@ import torch
 from quire import LLM, SamplingParams
 from quire.config import ConfigError, EngineConfig
 from quire.engine.device import choose_kv_cache_dtype
+from quire.engine.kv_storage import KVStorage
+from quire.kernels.targets import A100, B200, H100, MI300
+from quire.models.config import ModelConfig
 from quire.tales import MODEL_DIR
 
 
@@ -66,9 +69,32 @@ def test_memory_and_perplexity() -> None:
     assert rounded.log_prob != exact.log_prob
 
 
-def test_gpus_and_other_dtypes_are_refused() -> None:
-    config = EngineConfig(model="-", kv_cache_dtype="int8")
-    with pytest.raises(ConfigError, match="is for CPUs so far; on a GPU leave it out"):
-        choose_kv_cache_dtype(config, torch.bfloat16, torch.device("cuda"))
-    with pytest.raises(ConfigError, match="--kv-cache-dtype must be auto or int8"):
+def test_fp8_is_for_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"fp8 needs an NVIDIA GPU of .* 8.9 or newer.* use --kv-cache-dtype int8"):
+        make(kv_cache_dtype="fp8")
+    config, gpu = EngineConfig(model="-", kv_cache_dtype="fp8"), torch.device("cuda")
+    for target, dtype in ((H100, torch.float8_e4m3fn), (B200, torch.float8_e4m3fn), (MI300, torch.float8_e4m3fnuz)):
+        monkeypatch.setattr("quire.engine.device.current_target", lambda _, target=target: target)
+        assert choose_kv_cache_dtype(config, torch.bfloat16, gpu) == dtype
+    monkeypatch.setattr("quire.engine.device.current_target", lambda _: A100)
+    with pytest.raises(ConfigError, match="use --kv-cache-dtype int8"):
+        choose_kv_cache_dtype(config, torch.bfloat16, gpu)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
+def test_copies_of_blocks_take_codes_and_scales_along(dtype: torch.dtype) -> None:
+    config = ModelConfig.from_hf(MODEL_DIR)
+    storage = KVStorage(config, 5, 16, dtype, torch.device("cpu"), max_logprobs=1)
+    parts = [part for layer in storage.layers for part in layer if part is not None]
+    for part in parts:
+        part.view(torch.int8).random_(1, 100)
+    storage.copy_blocks([(1, 3), (2, 4)])
+    assert len(parts) == 4 * config.num_layers
+    for codes in (part.view(torch.int8) for part in parts):
+        assert torch.equal(codes[3:], codes[1:3])
+        assert not torch.equal(codes[1], codes[2])
+
+
+def test_other_dtypes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--kv-cache-dtype must be auto, int8 or fp8"):
         make(kv_cache_dtype="fp4")

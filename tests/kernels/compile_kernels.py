@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from quire.kernels.quantization import LARGEST_CODE
 from quire.kernels.targets import A100, B200, H100, MI300, Target
 
 TYPE_NAMES = {
@@ -34,6 +35,7 @@ TYPE_NAMES = {
     torch.float64: "*fp64",
     torch.float8_e4m3fn: "*fp8e4nv",
     torch.float8_e4m3fnuz: "*fp8e4b8",
+    torch.int8: "*i8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -107,7 +109,8 @@ def compile_launch(launch: Launch, target: Target) -> Any:
     for index, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.args[parameter.name]
         is_general = parameter.do_not_specialize
-        if name in constexpr_names or value is None or (isinstance(value, int) and value == 1 and not is_general):
+        is_one = isinstance(value, int) and value == 1 and not is_general
+        if name in constexpr_names or value is None or is_one:
             signature[name] = "constexpr"
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
@@ -122,7 +125,7 @@ def compile_launch(launch: Launch, target: Target) -> Any:
         if signature[name] != "constexpr" and not is_general:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature, constants, attributes)
-    options = {name: launch.args[name] for name in ("num_warps", "num_stages") if name in launch.args}
+    options = {name: launch.args[name] for name in ("num_warps", "num_stages", "maxnreg") if name in launch.args}
     return triton.compile(source, target=GPUTarget(target.vendor, target.arch, target.warp_size), options=options)
 
 
@@ -182,21 +185,42 @@ def caches(dtype: torch.dtype, head_dim: int) -> tuple[torch.Tensor, torch.Tenso
     return tensor(*shape, dtype=dtype), tensor(*shape, dtype=dtype)
 
 
-def decode(dtype: torch.dtype, head_dim: int, num_seqs: int, window: int | None, target: Target) -> list[Launch]:
+def pages_of(dtype: torch.dtype, head_dim: int) -> tuple[torch.Tensor, ...]:
+    """Two caches, and their scales if they hold codes."""
+    scales = (tensor(1024, NUM_KV_HEADS, PAGE, dtype=torch.bfloat16) for _ in range(2))
+    return (*caches(dtype, head_dim), *scales) if dtype in LARGEST_CODE else caches(dtype, head_dim)
+
+
+def decode(
+    dtype: torch.dtype,
+    head_dim: int,
+    num_seqs: int,
+    window: int | None,
+    target: Target,
+    codes: torch.dtype | None = None,
+) -> list[Launch]:
     query = tensor(num_seqs, NUM_HEADS, head_dim, dtype=dtype)
     tables = tensor(num_seqs, CONTEXT // PAGE, dtype=torch.int32)
     lens = tensor(num_seqs, dtype=torch.int32)
-    return launches("paged_decode", target, query, *caches(dtype, head_dim), tables, lens, 0.1, window)
+    pages = pages_of(codes or dtype, head_dim)
+    return launches("paged_decode", target, query, *pages[:2], tables, lens, 0.1, window, None, *pages[2:])
 
 
 def prefill(
-    dtype: torch.dtype, head_dim: int, num_seqs: int, query_len: int, window: int | None, target: Target
+    dtype: torch.dtype,
+    head_dim: int,
+    num_seqs: int,
+    query_len: int,
+    window: int | None,
+    target: Target,
+    codes: torch.dtype | None = None,
 ) -> list[Launch]:
     query = tensor(num_seqs * query_len, NUM_HEADS, head_dim, dtype=dtype)
     tables = tensor(num_seqs, CONTEXT // PAGE, dtype=torch.int32)
     lens = tensor(num_seqs, dtype=torch.int32)
     starts = tensor(num_seqs + 1, dtype=torch.int32)
-    arguments = (query, *caches(dtype, head_dim), tables, lens, starts, 0.1, query_len, window)
+    pages = pages_of(codes or dtype, head_dim)
+    arguments = (query, *pages[:2], tables, lens, starts, 0.1, query_len, window, None, *pages[2:])
     return launches("paged_prefill", target, *arguments)
 
 
@@ -210,6 +234,8 @@ def small_operations(dtype: torch.dtype, head_dim: int, target: Target) -> list[
     cos_sin = tensor(CONTEXT, head_dim, dtype=torch.float32)
     norms = [tensor(head_dim, dtype=dtype) if dtype == torch.bfloat16 else None for _ in range(2)]
     written = (query, key, value, positions, cos_sin, *caches(dtype, head_dim))
+    kinds = [torch.int8] if target.fp8 is None else [torch.int8, target.fp8]
+    coded = [pages_of(codes, head_dim) for codes in kinds]
     return [
         *launches("rms_norm", target, hidden, tensor(hidden_size, dtype=dtype), 1e-6),
         *launches(
@@ -220,6 +246,7 @@ def small_operations(dtype: torch.dtype, head_dim: int, target: Target) -> list[
         *launches("rope", target, query, key, positions, cos_sin),
         *launches("kv_write", target, key, value, *caches(dtype, head_dim), positions),
         *launches("rope_kv_write", target, *written, positions, *norms, 1e-6),
+        *(launch for p in coded for launch in launches("kv_write", target, key, value, *p[:2], positions, *p[2:])),
     ]
 
 
@@ -262,6 +289,11 @@ def cases() -> Iterator[tuple[str, Target, list[Launch]]]:
             kind = f"{TYPE_NAMES[dtype][1:]}-d{head_dim}"
             yield f"decode-{kind}", target, decode(dtype, head_dim, 8, None, target)
             yield f"prefill-{kind}", target, prefill(dtype, head_dim, 2, 1024, None, target)
+            yield f"decode-{kind}-int8", target, decode(dtype, head_dim, 8, None, target, torch.int8)
+            yield f"prefill-{kind}-int8", target, prefill(dtype, head_dim, 2, 1024, None, target, torch.int8)
+            if target.fp8 is not None and dtype == bf16:
+                yield f"decode-{kind}-fp8", target, decode(dtype, head_dim, 8, None, target, target.fp8)
+                yield f"prefill-{kind}-fp8", target, prefill(dtype, head_dim, 2, 1024, None, target, target.fp8)
             if (dtype, head_dim) != (fp16, 64):
                 yield f"layer-{kind}", target, small_operations(dtype, head_dim, target)
         yield "decode-bf16-d128-window-1seq", target, decode(bf16, 128, 1, 1024, target)
@@ -272,9 +304,12 @@ def cases() -> Iterator[tuple[str, Target, list[Launch]]]:
         yield "prefill-bf16-d256", target, prefill(bf16, 256, 2, 1024, None, target)
         if target.fp8 is not None:
             yield "fp8", target, fp8_layers(target.fp8, target)
+        yield "prefill-bf16-d128-int8-window-1seq", target, prefill(bf16, 128, 1, 1024, 1024, target, torch.int8)
         for vocab_size in (151_936, 262_144, 32_003):
             yield f"sampling-fp32-v{vocab_size}", target, sampling(vocab_size, target)
-    yield "decode-bf16-d80", H100, decode(bf16, 80, 8, None, H100)
+        for head_dim in (80, 96):
+            yield f"decode-bf16-d{head_dim}", target, decode(bf16, head_dim, 8, None, target)
+        yield "decode-bf16-d256-int8-window", target, decode(bf16, 256, 8, 1024, target, torch.int8)
     yield "prefill-bf16-d80", H100, prefill(bf16, 80, 2, 1024, None, H100)
 
 

@@ -47,7 +47,7 @@ class Problem:
     block_tables: torch.Tensor  # [S, M] int32
     seq_lens: torch.Tensor  # [S] int32
     query_start: torch.Tensor  # [S + 1] int32
-    k_scales: torch.Tensor | None = None  # [num_blocks, Hk, block_size] float32 if the caches are int8
+    k_scales: torch.Tensor | None = None  # [num_blocks, Hk, block_size] bfloat16 if the caches hold codes
     v_scales: torch.Tensor | None = None
 
     @property
@@ -56,7 +56,7 @@ class Problem:
 
     @property
     def scales(self) -> dict[str, torch.Tensor]:
-        """Arguments of a kernel that reads int8 pages."""
+        """Arguments of a kernel that reads pages of codes."""
         if self.k_scales is None or self.v_scales is None:
             return {}
         return {"k_scales": self.k_scales, "v_scales": self.v_scales}
@@ -67,11 +67,12 @@ class Problem:
             return replace(self, query=query)
         return replace(self, query=query, k_cache=self.k_cache.to(dtype), v_cache=self.v_cache.to(dtype))
 
-    def as_int8(self) -> Problem:
+    def as_codes(self, dtype: torch.dtype = torch.int8) -> Problem:
         """The same tokens as codes and scales. A foreign slot keeps NaN as its scale and gets codes of 85."""
-        codes, scales = zip(*(quantize(cache) for cache in (self.k_cache, self.v_cache)), strict=True)
+        codes, scales = zip(*(quantize(cache, dtype) for cache in (self.k_cache, self.v_cache)), strict=True)
         k_cache, v_cache = (
-            code.masked_fill(scale.isnan()[..., None], 85) for code, scale in zip(codes, scales, strict=True)
+            code.view(torch.int8).masked_fill(scale.isnan()[..., None], 85).view(dtype)
+            for code, scale in zip(codes, scales, strict=True)
         )
         return replace(self, k_cache=k_cache, v_cache=v_cache, k_scales=scales[0], v_scales=scales[1])
 
@@ -151,10 +152,12 @@ def launched(op: str, parameters: Any) -> Run:
         sliding_window: int | None,
         max_query_len: int = 1,
         out: torch.Tensor | None = None,
+        k_scales: torch.Tensor | None = None,
+        v_scales: torch.Tensor | None = None,
     ) -> torch.Tensor:
         out = torch.empty_like(arguments[0]) if out is None else out
         launch = importlib.import_module(f"quire.kernels.{op}.triton").launch
-        launch(*arguments, sliding_window, out, parameters)
+        launch(*arguments, sliding_window, out, k_scales, v_scales, parameters)
         return out
 
     return run

@@ -22,6 +22,8 @@ import triton_interpreter
 from compile_kernels import Resources
 from triton.runtime.jit import JITFunction
 
+from quire.kernels.paged_decode.parameters import RESIDENT_PROGRAMS
+
 NUM_PROCESSES = 2
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 FP8_MMA = {"sm_90": "QGMMA", "sm_100": "UTCQMMA", "gfx942": "MFMA"}
@@ -127,6 +129,14 @@ def test_sums_of_fp8_products_are_added_up_in_float32(report: Report) -> None:
     rows = [row for row in report.rows if row.kernel == "scaled_product_kernel" and row.arch == "sm_90"]
     assert rows
     assert [row for row in rows if row.mma.get("FADD", 0) < 32] == []
+
+
+def test_programs_of_decode_are_all_there_at_once(report: Report) -> None:
+    """Equal shares end together only if no program waits for another to leave its multiprocessor."""
+    for row in (row for row in report.rows if row.kernel == "split_kernel"):
+        registers = row.registers * (1 if row.arch == "gfx942" else 32 * row.num_warps)
+        assert RESIDENT_PROGRAMS * registers <= (512 if row.arch == "gfx942" else 65_536), row
+        assert RESIDENT_PROGRAMS * row.shared_memory <= row.shared_memory_limit, row
 
 
 def test_nvidia_loads_are_asynchronous(report: Report) -> None:

@@ -28,6 +28,9 @@ SHAPES = [
     shape_of(45, num_kv_heads=1, group_size=40, head_dim=16),
     shape_of(600, 1, 257, num_kv_heads=1, group_size=4, head_dim=64),
     shape_of(23, 40, num_kv_heads=1, group_size=2, head_dim=256),
+    shape_of(0, 20, 0, 0, 300, 0, num_kv_heads=1, group_size=2, head_dim=32),
+    shape_of(0, 0, num_kv_heads=1, head_dim=32),
+    shape_of(700, *[3, 18] * 8, num_kv_heads=1, group_size=2, head_dim=32),
 ]
 
 
@@ -37,39 +40,48 @@ def test_equals_float64(shape: Shape, dtype: torch.dtype, triton_device: torch.d
     check(run_decode, make_problem(shape, dtype, triton_device))
 
 
-def with_splits(problem: Problem, num_splits: int, block_n: int = 16) -> dict[str, object]:
-    """Options of run_decode for that many splits of small tiles."""
-    from quire.kernels.paged_decode.triton import DecodeParameters
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_head_dim_and_page(
+    head_dim: int, block_size: int, dtype: torch.dtype, triton_device: torch.device
+) -> None:
+    shape = shape_of(130, 7, num_kv_heads=2, group_size=3, head_dim=head_dim, block_size=block_size, window=125)
+    check(run_decode, make_problem(shape, dtype, triton_device))
+
+
+def with_shares(problem: Problem, num_shares: int, block_n: int = 16) -> dict[str, object]:
+    """Options of run_decode for so many programs a head and small tiles."""
+    from quire.kernels.paged_decode.parameters import DecodeParameters
 
     shape = problem.shape
     block_d = max(16, 1 << (shape.head_dim - 1).bit_length())
-    parameters = DecodeParameters(shape.group_size, 16, block_n, block_d, num_splits, num_warps=4, num_stages=2)
+    parameters = DecodeParameters(shape.group_size, 16, block_n, block_d, num_shares, num_warps=4, num_stages=2)
     return {"run": launched("paged_decode", parameters)}
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("num_shares", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize("window", [None, 100])
-def test_any_number_of_splits(num_splits: int, window: int | None, triton_device: torch.device) -> None:
-    """Most splits of the short sequences, and the last ones of the long, are empty and leave NaN behind."""
-    shape = shape_of(1, 64, 65, 330, num_kv_heads=1, group_size=2, head_dim=32, window=window)
+def test_any_number_of_shares(num_shares: int, window: int | None, triton_device: torch.device) -> None:
+    """Sequences in one piece and in many, shares of many sequences and of none; what nobody writes stays NaN."""
+    shape = shape_of(1, 64, 65, 330, 3, num_kv_heads=1, group_size=2, head_dim=32, window=window)
     problem = make_problem(shape, torch.float32, triton_device)
-    check(run_decode, problem, **with_splits(problem, num_splits))
+    check(run_decode, problem, **with_shares(problem, num_shares))
 
 
-def test_default_splits_follow_from_shapes() -> None:
-    from quire.kernels.paged_decode.triton import decode_parameters
-    from quire.kernels.targets import H100
+def test_default_shares_fill_the_device() -> None:
+    from quire.kernels.paged_decode.parameters import decode_parameters
+    from quire.kernels.targets import H100, MI300, Target
 
-    def num_splits(num_seqs: int, max_seq_len: int, window: int | None = None) -> int:
+    def num_shares(num_seqs: int, max_seq_len: int, window: int | None = None, target: Target = H100) -> int:
         heads = {"head_dim": 128, "num_heads": 32, "num_kv_heads": 8}
         sizes = {"num_seqs": num_seqs, "max_seq_len": max_seq_len, "window": window}
-        return decode_parameters(torch.bfloat16, **heads, **sizes, target=H100).num_splits  # type: ignore[arg-type]
+        return decode_parameters(torch.bfloat16, **heads, **sizes, target=target).num_shares  # type: ignore[arg-type]
 
-    assert num_splits(1, 131_072) == 64
-    assert num_splits(1, 1024) == 4
-    assert num_splits(1, 131_072, window=1024) == 4
-    assert num_splits(16, 131_072) == 4
-    assert num_splits(256, 131_072) == 1
+    assert [num_shares(num_seqs, 131_072) for num_seqs in (1, 16, 256)] == [2 * 132 // 8] * 3
+    assert num_shares(256, 131_072, target=MI300) == 2 * 304 // 8
+    assert num_shares(1, 1024) == 4
+    assert num_shares(1, 131_072, window=1024) == 5
 
 
 def test_which_blocks_hold_a_sequence_changes_no_bit(triton_device: torch.device) -> None:
@@ -82,11 +94,24 @@ def test_which_blocks_hold_a_sequence_changes_no_bit(triton_device: torch.device
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+def test_what_a_neighbour_holds_changes_no_bit(triton_device: torch.device) -> None:
+    """Sequences share programs, and pieces of them lie side by side: a NaN stays with whom it belongs to."""
+    problem = make_problem(shape_of(100, 230, 90, num_kv_heads=1, head_dim=32), torch.bfloat16, triton_device)
+    options = with_shares(problem, num_shares=4)
+    expected = run_decode(problem, **options)  # type: ignore[arg-type]
+    problem.query[1] = float("nan")
+    result = run_decode(problem, **options)  # type: ignore[arg-type]
+    assert result[1].isnan().all()
+    assert torch.equal(result[::2], expected[::2])
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU orders its programs itself")
 def test_order_of_programs_changes_no_bit(triton_device: torch.device) -> None:
-    problem = make_problem(shape_of(330, 70, 5, num_kv_heads=1, head_dim=32), torch.float16, triton_device)
-    options = with_splits(problem, num_splits=5)
+    problem = make_problem(shape_of(330, 0, 70, 5, num_kv_heads=2, head_dim=32), torch.float16, triton_device)
+    options = with_shares(problem, num_shares=5)
     in_order = run_decode(problem, **options)  # type: ignore[arg-type]
+    assert not in_order.isnan().any()
     for seed in range(3):
         with triton_interpreter.shuffled_programs(seed):
             assert torch.equal(run_decode(problem, **options), in_order)  # type: ignore[arg-type]
@@ -105,7 +130,7 @@ def test_a_window_skips_tiles(triton_device: torch.device, monkeypatch: pytest.M
 
     monkeypatch.setattr(builder, "create_dot", counted)
     problem = make_problem(shape_of(1003, num_kv_heads=1, window=64), torch.float32, triton_device)
-    check(run_decode, problem, **with_splits(problem, num_splits=3))
+    check(run_decode, problem, **with_shares(problem, num_shares=3))
     assert 0 < num_dots <= 12
 
 
@@ -131,17 +156,21 @@ def test_no_sequences(triton_device: torch.device) -> None:
     assert run_decode(none, backend="triton").shape == (0, 8, 64)
 
 
-def test_offsets_past_2_to_the_31(triton_device: torch.device, tmp_path: Path) -> None:
-    """Blocks and query rows so far apart that 32-bit offsets wrap around (CVE-2026-73558 in vLLM)."""
+@pytest.mark.parametrize("codes", [None, torch.int8], ids=str)
+def test_offsets_past_2_to_the_31(codes: torch.dtype | None, triton_device: torch.device, tmp_path: Path) -> None:
+    """Blocks, rows and scales so far apart that 32-bit offsets wrap around (CVE-2026-73558 in vLLM)."""
     if triton_device.type != "cpu":
         pytest.skip("the far pages lie in a sparse file")
     problem = make_problem(shape_of(40, 21, 35, num_kv_heads=1, head_dim=32), torch.float16, triton_device)
+    problem = problem if codes is None else problem.as_codes(codes)
     stride = 2**29 + 4096
+    parts = {name: getattr(problem, name) for name in ("k_cache", "v_cache", *problem.scales)}
     far = paged_problems.replace(
         problem,
         query=far_apart(problem.query, 2**30 + 64, tmp_path / "query"),
-        k_cache=far_apart(problem.k_cache, stride, tmp_path / "keys"),
-        v_cache=far_apart(problem.v_cache, stride, tmp_path / "values"),
+        **{name: far_apart(part, stride, tmp_path / name) for name, part in parts.items()},
     )
+    out = far_apart(torch.full_like(problem.query, float("nan")), 2**30 + 64, tmp_path / "out")
     assert problem.block_tables.max().item() * stride > 2**31
-    assert torch.equal(run_decode(far, backend="triton"), run_decode(problem, backend="triton"))
+    run_decode(far, backend="triton", out=out)
+    assert torch.equal(out, run_decode(problem, backend="triton"))

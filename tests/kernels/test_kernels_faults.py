@@ -36,10 +36,13 @@ DECODE_FAULTS = {
         "scores = scores + 0.0",
     ),
     "the window is one short": ("position >= seq_len - WINDOW", "position > seq_len - WINDOW"),
-    "empty splits are merged": ("used = split < num_used", "used = split < NUM_SPLITS"),
+    "pieces that nobody wrote are merged": ("used = piece < num_pieces", "used = piece < BLOCK_P"),
+    "a piece is looked for in the wrong slot": ("* 2 + (piece == 0).to(tl.int32)", "* 2"),
+    "the last piece is left out": ("last_share - share + 1", "last_share - share"),
     "earlier tiles are not scaled down": ("acc * decay[:, None]", "acc"),
-    "splits are merged with equal weight": ("tl.exp2(lse - highest)", "tl.exp2(lse * 0.0)"),
-    "a split stops a tile early": ("tl.minimum(begin + tiles_per_split, end_tile)", "begin + tiles_per_split - 1"),
+    "pieces are merged with equal weight": ("tl.exp2(lse - new_highest)", "tl.exp2(lse * 0.0)"),
+    "a piece stops a tile early": ("in range(begin, end):", "in range(begin, tl.maximum(end - 1, begin + 1)):"),
+    "a piece counts as a whole sequence": ("if piece_end - piece_begin == num_tiles:", "if num_tiles > 0:"),
     "a page is off by one slot": ("(position % BLOCK_SIZE)", "((position + 1) % BLOCK_SIZE)"),
 }
 PREFILL_FAULTS = {

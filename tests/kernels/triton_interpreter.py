@@ -28,6 +28,7 @@ from triton.runtime.jit import JITFunction
 
 KERNEL_MODULES = (
     "quire.kernels.triton_probability",
+    "quire.kernels.paged_decode.triton_shares",
     *(
         f"quire.kernels.{op}.triton"
         for op in (
@@ -178,12 +179,12 @@ def interpreted_kernels() -> Iterator[None]:
         sys.modules.pop(name, None)
 
 
-def load_variant(op: str, directory: Path, replacements: Sequence[tuple[str, str]]) -> Any:
-    """The kernel module of `op` with pieces of its source replaced, interpreted; each piece must be there."""
-    source = Path(str(importlib.import_module(f"quire.kernels.{op}").__file__)).with_name("triton.py").read_text()
+def load_variant(op: str, directory: Path, replacements: Sequence[tuple[str, str]], file: str = "triton.py") -> Any:
+    """A kernel module of `op` with pieces of its source replaced, interpreted; each piece must be there."""
+    source = Path(str(importlib.import_module(f"quire.kernels.{op}").__file__)).with_name(file).read_text()
     for old, new in replacements:
         if old not in source:
-            raise ValueError(f"{op}/triton.py has no {old!r}")
+            raise ValueError(f"{op}/{file} has no {old!r}")
         source = source.replace(old, new)
     path = directory / f"{op}_variant.py"
     path.write_text(source)
