@@ -289,13 +289,13 @@ def cases() -> Iterator[tuple[str, Target, list[Launch]]]:
             kind = f"{TYPE_NAMES[dtype][1:]}-d{head_dim}"
             yield f"decode-{kind}", target, decode(dtype, head_dim, 8, None, target)
             yield f"prefill-{kind}", target, prefill(dtype, head_dim, 2, 1024, None, target)
-            yield f"decode-{kind}-int8", target, decode(dtype, head_dim, 8, None, target, torch.int8)
-            yield f"prefill-{kind}-int8", target, prefill(dtype, head_dim, 2, 1024, None, target, torch.int8)
+            if (dtype, head_dim) != (fp16, 64):
+                yield f"decode-{kind}-int8", target, decode(dtype, head_dim, 8, None, target, torch.int8)
+                yield f"prefill-{kind}-int8", target, prefill(dtype, head_dim, 2, 1024, None, target, torch.int8)
+                yield f"layer-{kind}", target, small_operations(dtype, head_dim, target)
             if target.fp8 is not None and dtype == bf16:
                 yield f"decode-{kind}-fp8", target, decode(dtype, head_dim, 8, None, target, target.fp8)
                 yield f"prefill-{kind}-fp8", target, prefill(dtype, head_dim, 2, 1024, None, target, target.fp8)
-            if (dtype, head_dim) != (fp16, 64):
-                yield f"layer-{kind}", target, small_operations(dtype, head_dim, target)
         yield "decode-bf16-d128-window-1seq", target, decode(bf16, 128, 1, 1024, target)
         yield "decode-bf16-d128-256seqs", target, decode(bf16, 128, 256, None, target)
         yield "decode-bf16-d256", target, decode(bf16, 256, 8, None, target)
