@@ -134,6 +134,7 @@ class Run:
             choice.log_probs.extend(log_probs)
 
     def _keep_at_once(self, deltas: list[TextDelta]) -> bool:
+        """The sink of a whole answer."""
         if not self._is_middle(deltas):
             return False
         for delta in deltas:
@@ -141,6 +142,7 @@ class Run:
         return True
 
     def _write_at_once(self, deltas: list[TextDelta]) -> bool:
+        """The sink of a stream; this, and all that it calls, is run for each token."""
         stream = self._stream
         if stream is None or not stream.ready() or not self._is_middle(deltas):
             return False

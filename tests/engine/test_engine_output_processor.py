@@ -302,3 +302,22 @@ def test_beams_are_not_ranked_again_and_end_together(byte_level: Tokenizer) -> N
     processor.add("s", [5], SamplingParams(best_of=3, use_beam_search=True, stop=("END",)))
     step = processor.process([StepOutput("s", 0, ids)])
     assert (step.aborts, step.finished) == ([("s", None)], ["s"]), "nobody waits for the rest of the search"
+
+
+@given(words=st.lists(st.sampled_from(WORDS), min_size=1, max_size=12), groups=st.lists(st.integers(0, 5), min_size=1))
+def test_short_way_of_plain_text_tells_all_that_the_long_way_tells(
+    tokenizer: Tokenizer, words: list[str], groups: list[int]
+) -> None:
+    """A stop string that never occurs takes each step through the long way."""
+    token_ids = encode(tokenizer, "".join(words))
+    steps = [token_ids[sum(groups[:index]) :][:size] for index, size in enumerate(groups)]
+    told = []
+    for stop in ((), ("\x00",)):
+        processor = OutputProcessor(tokenizer)
+        processor.add("r", tokenizer.encode("prompt"), SamplingParams(logprobs=0, prompt_logprobs=0, stop=stop))
+        outputs = [StepOutput("r", 0, ids, num_cached_tokens=5) for ids in steps]
+        outputs[0].prompt_log_probs = [log_probs_of(7)]
+        scored = [log_probs_of(token_id) for token_id in token_ids]
+        outputs.append(StepOutput("r", 0, token_ids, FinishReason.LENGTH, num_cached_tokens=5, log_probs=scored))
+        told.append([processor.process([output]).deltas for output in outputs])
+    assert told[0] == told[1]
