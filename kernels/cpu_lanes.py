@@ -125,8 +125,8 @@ def prefetch(builder: Builder, pointer: Value, count: Value, kind: types.Type) -
         prefetch_line(builder, at(builder, pointer, index), locality=2)
 
 
-def prefetch_line(builder: Builder, pointer: Value, locality: int = 3) -> None:
-    """Have the line at `pointer` brought into the cache: all levels, or with `locality` 2 not the first."""
+def prefetch_line(builder: Builder, pointer: Value, locality: int) -> None:
+    """Have the line at `pointer` brought into the cache: with `locality` 3 all levels, 2 not the first."""
     address = builder.bitcast(pointer, ir.IntType(8).as_pointer())
     read, keep, data = (ir.Constant(I32, option) for option in (0, locality, 1))
     call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, read, keep, data])

@@ -203,7 +203,9 @@ def _emit_group(
         line = row_at(builder, words, loop.index, integer(PANEL))
         vectors = [_load_words(builder, at(builder, line, i * LANES)) for i in range(NUM_VECTORS)]
         with builder.if_then(prefetches):
-            _prefetch(builder, row_at(builder, line, num_lines, integer(PANEL)))
+            for word in range(0, PANEL, 16):
+                next_words = row_at(builder, line, num_lines, integer(PANEL), integer(word))
+                lanes.prefetch_line(builder, next_words, locality=3)
         first = builder.mul(loop.index, integer(words_per_line))
         for part, unpacked in enumerate(_unpacked(builder, vectors, bits)):
             for row, totals in zip(rows, sums, strict=True):
@@ -220,13 +222,6 @@ def _emit_group(
                 value = builder.fmul(value, load(builder, at(builder, group_scales, i * LANES), BFLOAT16))
             place = at(builder, tile, row * PANEL + i * LANES)
             store(builder, builder.fadd(load(builder, place), value), place)
-
-
-def _prefetch(builder: Builder, line: Value) -> None:
-    for word in range(0, PANEL, 16):
-        address = builder.bitcast(at(builder, line, word), _BYTE.as_pointer())
-        read, keep, data = (ir.Constant(I32, option) for option in (0, 3, 1))
-        lanes.call(builder, "llvm.prefetch.p0", ir.VoidType(), [address, read, keep, data])
 
 
 def _load_words(builder: Builder, pointer: Value) -> Value:

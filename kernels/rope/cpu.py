@@ -8,7 +8,8 @@ import numba
 import numpy as np
 import torch
 
-from quire.kernels.cpu_elements import float32_pointer, int64_pointer, move, pointer_to, read, take, write
+from quire.kernels.cpu_elements import float32_pointer, int64_pointer, move, pointer_to, take
+from quire.kernels.cpu_norm import rotate
 from quire.kernels.cpu_workers import Worker, row_threads
 
 _TOKENS_PER_UNIT = 4
@@ -34,12 +35,8 @@ _TOKENS_PER_UNIT = 4
 @numba.njit
 def _rotate_heads(heads, head_stride, num_heads, cos, sin, half):  # type: ignore[no-untyped-def]
     for head in range(num_heads):
-        first = move(heads, head * head_stride)
-        second = move(first, half)
-        for i in range(half):
-            x, y = read(first, i), read(second, i)
-            write(first, i, x * cos[i] - y * sin[i])
-            write(second, i, y * cos[i] + x * sin[i])
+        row = move(heads, head * head_stride)
+        rotate(row, row, cos, sin, half, np.float32(1.0), row)
 
 
 def _rotate(shared: Any) -> None:
