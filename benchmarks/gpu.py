@@ -16,9 +16,8 @@ import argparse
 import importlib.util
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,22 +91,18 @@ def _goals(goals: list[dict[str, Any]]) -> str:
     return "; ".join(f"{goal['of']} {judged(goal, 'first')}, {judged(goal, 'best')}" for goal in goals)
 
 
-def _judged(goals: tuple[Goal, ...], values: Callable[[Goal], float | None]) -> list[dict[str, Any]]:
+def _judged(goals: tuple[Goal, ...], figures: Mapping[str, float | None]) -> list[dict[str, Any]]:
     return [
         {
-            "of": f"{goal.figure} to {goal.peer}" if goal.peer else goal.figure,
+            "of": goal.name,
             "first": goal.first,
             "best": goal.best,
-            "value": (value := values(goal)),
+            "value": (value := figures.get(goal.name)),
             "first_met": goal.is_met(value, goal.first),
             "best_met": goal.is_met(value, goal.best),
         }
         for goal in goals
     ]
-
-
-def _figure(figures: dict[str, float], goal: Goal) -> float | None:
-    return figures.get(goal.figure)
 
 
 def measure(case: Case, device: torch.device, bandwidth: float, seconds: float) -> dict[str, Any]:
@@ -126,12 +121,7 @@ def measure(case: Case, device: torch.device, bandwidth: float, seconds: float) 
         "tflops": case.num_flops / ours / 1e12 or None,
         "copy_share": floor / ours or None,
     }
-
-    def value(goal: Goal) -> float | None:
-        if goal.figure != "ratio":
-            return figures[goal.figure]
-        return times[goal.peer] / ours if goal.peer in times else None
-
+    ratios = {f"ratio to {name}": found / ours for name, found in times.items()}
     return {
         "name": case.name,
         "num_bytes": case.num_bytes,
@@ -141,7 +131,7 @@ def measure(case: Case, device: torch.device, bandwidth: float, seconds: float) 
         "us": {name: 1e6 * found for name, found in times.items()},
         "launched_not_captured": [name for name, replay in replays.items() if not replay.is_captured],
         # The goals are those of a GPU: a rehearsal says nothing of them.
-        "goals": _judged(case.goals, value) if device.type == "cuda" else [],
+        "goals": _judged(case.goals, figures | ratios) if device.type == "cuda" else [],
     }
 
 
@@ -176,8 +166,7 @@ class EngineRun:
     model: str
     workload: str
     run: Callable[[Path], dict[str, float]]
-    goals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """By figure: first and best, see `Goal`."""
+    goals: tuple[Goal, ...] = ()
 
 
 def engine_runs(rehearse: bool) -> Iterator[EngineRun]:
@@ -188,24 +177,16 @@ def engine_runs(rehearse: bool) -> Iterator[EngineRun]:
         return
     work = gpu_engine.many(256, 100, 1024, 151_936)
     name = "256 requests, 100 to 1,024 tokens in and out"
-    goals = {
-        "output_tokens_per_s": (14_000.0, 20_000.0),
-        "ms_per_step_alone": (1.3, 0.8),
-        "gpu_busy_share": (0.97, 0.995),
-    }
+    busy = Goal("gpu_busy_share", 0.97, 0.995)
+    goals: tuple[Goal, ...] = (Goal("output_tokens_per_s", 14_000, 20_000), Goal("ms_per_step_alone", 1.3, 0.8), busy)
     yield EngineRun("quire", "qwen3-0.6b", name, lambda m: gpu_engine.run_quire(m, work, 3), goals)
-    goals = {"requests_per_s": (95.0, 150.0), "ttft_p50_ms": (38.9, 25.0), "tpot_p50_ms": (2.0, 1.0)}
-    name = "HTTP, 500 x 512/128, all at once; latencies at 16/s"
-    yield EngineRun("quire", "qwen3-0.6b", name, lambda m: gpu_engine.run_http(m, 500, 512, 128, 16.0), goals)
-    name = "256 requests, 100 to 1,024 tokens in and out"
+    goals = (Goal("requests_per_s", 95, 150), Goal("ttft_p50_ms", 38.9, 25), Goal("tpot_p50_ms", 2.0, 1.0))
+    http = "HTTP, 500 x 512/128, all at once; latencies at 16/s"
+    yield EngineRun("quire", "qwen3-0.6b", http, lambda m: gpu_engine.run_http(m, 500, 512, 128, 16.0), goals)
     if importlib.util.find_spec("nanovllm"):
         yield EngineRun("nano-vllm", "qwen3-0.6b", name, lambda m: gpu_engine.run_nano_vllm(m, work))
     yield EngineRun("transformers", "qwen3-0.6b", name, lambda m: gpu_engine.run_transformers(m, work))
-    goals = {
-        "output_tokens_per_s": (6_400.0, 7_900.0),
-        "ms_per_step_alone": (6.0, 5.5),
-        "gpu_busy_share": (0.97, 0.995),
-    }
+    goals = (Goal("output_tokens_per_s", 6_400, 7_900), Goal("ms_per_step_alone", 6.0, 5.5), busy)
     yield EngineRun("quire", "qwen3-8b", name, lambda m: gpu_engine.run_quire(m, work, 1), goals)
 
 
@@ -222,7 +203,7 @@ def run_engines(report: Report, rehearse: bool, folder: Path, deadline: float) -
                 raise
             gpu_peers.absent[item.engine] = f"{type(error).__name__}: {error}".splitlines()[0]
             continue
-        goals = _judged(tuple(Goal(name, *item.goals[name]) for name in item.goals), partial(_figure, figures))
+        goals = _judged(item.goals, figures)
         row = {"engine": item.engine, "workload": f"{item.model}, {item.workload}", "figures": figures, "goals": goals}
         report.engines.append(row)
         report.save()

@@ -26,8 +26,6 @@ from measuring.gpu_timing import Call
 absent: dict[str, str] = {}
 """Why a peer is missing, by name."""
 
-_folder: Path | None = None
-
 
 @dataclass(frozen=True)
 class Paged:
@@ -51,8 +49,6 @@ class Paged:
 
 def use_folder(folder: Path | None) -> None:
     """Where `gpu_peers.sh` put what is not installed."""
-    global _folder
-    _folder = folder
     if folder is not None:
         sys.path.insert(0, str(folder / "python"))
         if (folder / "vllm").is_dir():
