@@ -10,7 +10,7 @@ import torch
 from quire.kernels.cpu_activation import CODES, NO_ACTIVATION
 from quire.kernels.cpu_elements import int64_pointer, move, pointer_to, take
 from quire.kernels.cpu_epilogue import finish_row
-from quire.kernels.cpu_matrix import AHEAD_STEP, MAX_ROWS, PANEL, PASSES_AHEAD, multiply_panel, new_tile
+from quire.kernels.cpu_matrix import MAX_PASSES_AHEAD, MAX_ROWS, PANEL, multiply_panel, new_tile
 from quire.kernels.cpu_ranges import enter_ranges, open_ranges, state_bytes, take_unit
 from quire.kernels.cpu_workers import Worker, new_tensor, scratch
 
@@ -67,13 +67,13 @@ def _multiply(shared: Any) -> None:
         num_passes = -(-(end - row) // MAX_ROWS)
         panel_weight = move(weight, panel * parameters[PANEL_STRIDE])
         next_panel = move(weight, following // num_blocks * parameters[PANEL_STRIDE])
-        reads_ahead = following < num_units and num_passes >= PASSES_AHEAD
+        passes_ahead = min(num_passes, MAX_PASSES_AHEAD) if following < num_units and num_passes > 1 else 0
+        part = -(-2 * PANEL // max(passes_ahead, 1))  # of the next panel, for each pair of input features
         while row < end:
             count = -(-(end - row) // num_passes)  # as even as can be
             ahead, step = panel_weight, 0
-            if reads_ahead and num_passes <= PASSES_AHEAD:
-                ahead = move(next_panel, (PASSES_AHEAD - num_passes) * (parameters[PANEL_STRIDE] // PASSES_AHEAD))
-                step = AHEAD_STEP
+            if num_passes <= passes_ahead:
+                ahead, step = move(next_panel, (passes_ahead - num_passes) * part * (depth // 2)), part
             multiply_panel(move(x, row * x_stride), x_stride, count, panel_weight, depth, tile, ahead, step)
             for i in range(count):
                 finish_row(
