@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from typing import Protocol
 
 from quire.engine.text_delta import TextDelta, merge
 
@@ -14,8 +14,18 @@ _LOG_PROB_BYTES = 32
 _MERGE_LENGTH = 64
 
 
-Sink = Callable[[list[TextDelta]], bool]
-"""Offered what a step brought; True: it has taken it, False: the reader is to have it."""
+class Sink(Protocol):
+    """Takes what a step brought in place of a reader that waits. False: it has not, the reader is to have it."""
+
+    def take(self, deltas: list[TextDelta]) -> bool: ...
+
+    def take_text(self, text: str, token_id: int, num_output_tokens: int, now: float) -> bool:
+        """The same for a token of the request's only choice that brought text, perhaps none yet, and nothing else.
+
+        Args:
+            num_output_tokens: of the choice, this token included.
+            now: seconds of time.monotonic().
+        """
 
 
 class ReaderTooSlowError(Exception):
@@ -63,7 +73,7 @@ class DeltaQueue:
         """
         if self._reader_is_idle and self._sink is not None:
             try:
-                if self._sink(deltas):
+                if self._sink.take(deltas):
                     return True
             except Exception as error:
                 self.fail(error)
@@ -77,6 +87,16 @@ class DeltaQueue:
             self._merge_at = max(_MERGE_LENGTH, 2 * len(self._pending))
         self._wake_reader()
         return was_empty or self._num_bytes <= MAX_PENDING_BYTES
+
+    def put_text(self, text: str, token_id: int, num_output_tokens: int, now: float) -> bool:
+        """Offer a token to the sink (Sink.take_text); False: it is to be put as a delta."""
+        if not self._reader_is_idle or self._sink is None:
+            return False
+        try:
+            return self._sink.take_text(text, token_id, num_output_tokens, now)
+        except Exception as error:
+            self.fail(error)
+            return True
 
     def close(self) -> None:
         """No more will come; what is pending can still be taken."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from quire.engine.best_of import BestOf, ranks_choices
 from quire.engine.detokenizer import DetokenizerFactory, IncrementalDetokenizer, StopMatcher, StopStrings
 from quire.engine.text_delta import TextDelta
 from quire.engine.tokenizer import Tokenizer
 from quire.sampling_params import SamplingParams
-from quire.scheduler.output import FinishReason, StepOutput, TokenLogProbs
+from quire.scheduler.output import FinishReason, StepOutput, StepOutputs, TokenLogProbs, TokenRow
+
+if TYPE_CHECKING:
+    from quire.engine.delta_queue import DeltaQueue
 
 
 @dataclass(slots=True)
@@ -32,20 +37,61 @@ class OutputProcessor:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._detokenizers = DetokenizerFactory(tokenizer)
         self._requests: dict[str, RequestState] = {}
+        self._plain: dict[str, ChoiceState] = {}
+        """The choices of those requests that have a queue and of which a TokenRow tells text alone: these take a short
+        way, on which as few objects are touched as can be."""
 
     def __len__(self) -> int:
         return len(self._requests)
 
-    def add(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        self._requests[request_id] = RequestState(self._detokenizers, prompt_token_ids, params)
+    def add(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        queue: DeltaQueue | None = None,
+    ) -> None:
+        """queue: what the request's deltas are put into; `process_step` may put text into it by itself."""
+        request = self._requests[request_id] = RequestState(self._detokenizers, prompt_token_ids, params)
+        if queue is not None and (choice := request.plain_choice(params)):
+            choice.queue = queue
+            self._plain[request_id] = choice
 
     def remove(self, request_id: str) -> None:
         """Forget a request; an unknown id is a no-op. Outputs still on their way for it are dropped."""
         self._requests.pop(request_id, None)
+        self._plain.pop(request_id, None)
+
+    def process_step(self, outputs: StepOutputs) -> ProcessedStep:
+        """As `process`, but tokens that a queue's sink takes are not among the deltas."""
+        step = ProcessedStep()
+        rows = self._hand_on(outputs.tokens, step.deltas)
+        self._advance(StepOutputs(rows, outputs.others), step)
+        return step
+
+    def _hand_on(self, rows: list[TokenRow], deltas: dict[str, list[TextDelta]]) -> list[TokenRow]:
+        """Offer plain text to its queue, else add it to `deltas`; the rows that may tell more than text are left."""
+        others: list[TokenRow] = []
+        plain, now = self._plain, time.monotonic()
+        for row in rows:
+            request_id, _, token_id, num_cached_tokens = row
+            choice = plain.get(request_id)
+            if choice is None or choice.queue is None:
+                others.append(row)
+                continue
+            text, num_output_tokens = choice.push(token_id)
+            if not choice.queue.put_text(text, token_id, num_output_tokens, now):
+                delta = TextDelta(0, text, [token_id], None, None, num_cached_tokens, num_output_tokens)
+                deltas[request_id] = [delta]
+        return others
 
     def process(self, outputs: Iterable[StepOutput]) -> ProcessedStep:
         """Turn one step's outputs into text. What concerns no open request or an ended choice is dropped."""
         step = ProcessedStep()
+        self._advance(outputs, step)
+        return step
+
+    def _advance(self, outputs: Iterable[StepOutput], step: ProcessedStep) -> None:
         for output in outputs:
             request = self._requests.get(output.request_id)
             choice = None if request is None else request.choices.get(output.choice_index)
@@ -64,9 +110,8 @@ class OutputProcessor:
             if output.finish_reason is None and not (request.searches_beams and request.choices):
                 step.aborts.append((output.request_id, None if request.searches_beams else output.choice_index))
             if not request.choices:
-                del self._requests[output.request_id]
+                self.remove(output.request_id)
                 step.finished.append(output.request_id)
-        return step
 
 
 class RequestState:
@@ -98,6 +143,12 @@ class RequestState:
         self._waits_for_prompt = params.prompt_logprobs is not None
         self._prompt_log_probs: list[TokenLogProbs] | None = None
         self._kept: list[TextDelta] = []
+
+    def plain_choice(self, params: SamplingParams) -> ChoiceState | None:
+        """The only choice, if nothing is kept back or told but its text and its end."""
+        if not self._keeps_nothing or len(self.choices) > 1 or params.stop or params.logprobs is not None:
+            return None
+        return self.choices[0]
 
     def release(self, delta: TextDelta) -> list[TextDelta]:
         """What can be handed out, now that `delta` is there: nothing before the log-probabilities of the prompt, which
@@ -132,6 +183,7 @@ class ChoiceState:
         "_params",
         "_stop",
         "_sum_of_log_probs",
+        "queue",
     )
 
     def __init__(
@@ -144,6 +196,12 @@ class ChoiceState:
         self._num_output_tokens = 0
         self._num_characters = 0
         self._sum_of_log_probs = 0.0
+        self.queue: DeltaQueue | None = None
+
+    def push(self, token_id: int) -> tuple[str, int]:
+        """The text of a token of a plain choice, whose offsets nobody asks for; and how many tokens there are."""
+        self._num_output_tokens += 1
+        return self._detokenizer.push(token_id), self._num_output_tokens
 
     def advance(self, output: StepOutput) -> TextDelta:
         """The text of one step. A stop string that the step's tokens complete overrules the engine's finish reason.

@@ -96,18 +96,18 @@ class Completion(msgspec.Struct, kw_only=True):
 class ChunkTemplate:
     """Encodes chunks of a stream that differ in their text alone: the rest of them is encoded once."""
 
-    __slots__ = ("_after", "_before")
+    __slots__ = ("after", "before")
 
     def __init__(self, chunk: Completion) -> None:
         """chunk: with one choice, whose text is empty."""
         # Inside a JSON string quotes are escaped, so no name or id that a client chose can look like this.
         before, text, after = event(msgspec.json.encode(chunk)).partition(b'"text":""')
-        self._before = before + text[:-2]
-        self._after = after
+        self.before = before + text[:-2]
+        self.after = after
 
     def fill(self, text: str) -> bytes:
         """The event that tells `text`."""
-        return self._before + _ENCODER.encode(text) + self._after
+        return self.before + _ENCODER.encode(text) + self.after
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:

@@ -463,44 +463,63 @@ def test_no_orphan_when_the_front_process_is_killed(harness: Harness) -> None:
         assert time.monotonic() - begin < 2.0
 
 
+class RecordingSink:
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.willing = True
+
+    def take(self, deltas: list[TextDelta]) -> bool:
+        if self.willing:
+            self.texts += [delta.text for delta in deltas]
+        return self.willing
+
+    def take_text(self, text: str, token_id: int, num_output_tokens: int, now: float) -> bool:
+        if self.willing:
+            self.texts.append(text)
+        return self.willing
+
+
+class BrokenSink:
+    def take(self, deltas: list[TextDelta]) -> bool:
+        raise RuntimeError("broken")
+
+    def take_text(self, text: str, token_id: int, num_output_tokens: int, now: float) -> bool:
+        raise RuntimeError("broken")
+
+
 def test_sink_takes_steps_only_while_the_reader_waits_with_nothing_left() -> None:
     async def check() -> None:
-        taken: list[TextDelta] = []
-        willing = True
-
-        def sink(deltas: list[TextDelta]) -> bool:
-            if willing:
-                taken.extend(deltas)
-            return willing
-
+        sink = RecordingSink()
         queue = DeltaQueue(sink)
+        assert not queue.put_text("a", 1, 1, 0.0)
         queue.put([TextDelta(0, "a", [1])])  # nobody waits yet
-        assert taken == []
+        assert sink.texts == []
         assert await queue.get() == [TextDelta(0, "a", [1])]
         reader = asyncio.create_task(queue.get())
         await asyncio.sleep(0)
         queue.put([TextDelta(0, "b", [2])])
-        assert [delta.text for delta in taken] == ["b"]
-        willing = False
-        queue.put([TextDelta(0, "c", [3])])
-        willing = True
-        queue.put([TextDelta(0, "d", [4])])  # would overtake what the reader has not taken yet
-        assert [delta.text for delta in taken] == ["b"]
-        assert await reader == [TextDelta(0, "cd", [3, 4])]
+        assert queue.put_text("c", 3, 3, 0.0)
+        assert sink.texts == ["b", "c"]
+        sink.willing = False
+        assert not queue.put_text("d", 4, 4, 0.0)
+        queue.put([TextDelta(0, "d", [4])])
+        sink.willing = True
+        assert not queue.put_text("e", 5, 5, 0.0), "it would overtake what the reader has not taken yet"
+        queue.put([TextDelta(0, "e", [5])])
+        assert sink.texts == ["b", "c"]
+        assert await reader == [TextDelta(0, "de", [4, 5])]
 
     asyncio.run(check())
 
 
 def test_reader_gets_what_a_sink_raises() -> None:
     async def check() -> None:
-        def sink(_: list[TextDelta]) -> bool:
-            raise RuntimeError("broken")
-
-        queue = DeltaQueue(sink)
-        reader = asyncio.create_task(queue.get())
-        await asyncio.sleep(0)
-        assert queue.put([TextDelta(0, "a", [1])])
-        with pytest.raises(RuntimeError, match="broken"):
-            await reader
+        for put in (lambda queue: queue.put([TextDelta(0, "a", [1])]), lambda queue: queue.put_text("a", 1, 1, 0.0)):
+            queue = DeltaQueue(BrokenSink())
+            reader = asyncio.create_task(queue.get())
+            await asyncio.sleep(0)
+            assert put(queue)
+            with pytest.raises(RuntimeError, match="broken"):
+                await reader
 
     asyncio.run(check())

@@ -148,7 +148,7 @@ class FakeClient:
                 for delta in deltas:
                     delta.text = self.step_text or delta.text
                     delta.started_at = time.monotonic()
-                if sink is None or not sink(deltas):
+                if sink is None or not sink.take(deltas):
                     yield deltas
                 self.num_steps += 1
                 if finished:
