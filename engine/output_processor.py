@@ -15,7 +15,7 @@ from quire.sampling_params import SamplingParams
 from quire.scheduler.output import FinishReason, StepOutput, StepOutputs, TokenLogProbs, TokenRow
 
 if TYPE_CHECKING:
-    from quire.engine.delta_queue import DeltaQueue
+    from quire.engine.delta_queue import DeltaQueue, Sink
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ class OutputProcessor:
         self._detokenizers = DetokenizerFactory(tokenizer)
         self._requests: dict[str, RequestState] = {}
         self._plain: dict[str, ChoiceState] = {}
-        """The choices of those requests that have a queue and of which a TokenRow tells text alone: these take a short
+        """The choices of those requests that have a sink and of which a TokenRow tells text alone: these take a short
         way, on which as few objects are touched as can be."""
 
     def __len__(self) -> int:
@@ -51,10 +51,10 @@ class OutputProcessor:
         params: SamplingParams,
         queue: DeltaQueue | None = None,
     ) -> None:
-        """queue: what the request's deltas are put into; `process_step` may put text into it by itself."""
+        """queue: what the request's deltas are put into; `process_step` may hand text to its sink by itself."""
         request = self._requests[request_id] = RequestState(self._detokenizers, prompt_token_ids, params)
-        if queue is not None and (choice := request.plain_choice(params)):
-            choice.queue = queue
+        if queue is not None and queue.sink is not None and (choice := request.plain_choice(params)):
+            choice.queue, choice.sink = queue, queue.sink
             self._plain[request_id] = choice
 
     def remove(self, request_id: str) -> None:
@@ -76,13 +76,18 @@ class OutputProcessor:
         for row in rows:
             request_id, _, token_id, num_cached_tokens = row
             choice = plain.get(request_id)
-            if choice is None or choice.queue is None:
+            if choice is None or (sink := choice.sink) is None or not sink.reader_waits:
                 others.append(row)
                 continue
             text, num_output_tokens = choice.push(token_id)
-            if not choice.queue.put_text(text, token_id, num_output_tokens, now):
-                delta = TextDelta(0, text, [token_id], None, None, num_cached_tokens, num_output_tokens)
-                deltas[request_id] = [delta]
+            try:
+                taken = sink.take_text(text, token_id, num_output_tokens, now)
+            except Exception as error:
+                choice.fail(error)
+            else:
+                if not taken:
+                    delta = TextDelta(0, text, [token_id], None, None, num_cached_tokens, num_output_tokens)
+                    deltas[request_id] = [delta]
         return others
 
     def process(self, outputs: Iterable[StepOutput]) -> ProcessedStep:
@@ -184,6 +189,7 @@ class ChoiceState:
         "_stop",
         "_sum_of_log_probs",
         "queue",
+        "sink",
     )
 
     def __init__(
@@ -197,11 +203,18 @@ class ChoiceState:
         self._num_characters = 0
         self._sum_of_log_probs = 0.0
         self.queue: DeltaQueue | None = None
+        self.sink: Sink | None = None
+        """Of the queue; both for plain choices only."""
 
     def push(self, token_id: int) -> tuple[str, int]:
         """The text of a token of a plain choice, whose offsets nobody asks for; and how many tokens there are."""
         self._num_output_tokens += 1
         return self._detokenizer.push(token_id), self._num_output_tokens
+
+    def fail(self, error: Exception) -> None:
+        """The sink raised `error`: the reader gets it."""
+        if self.queue is not None:
+            self.queue.fail(error)
 
     def advance(self, output: StepOutput) -> TextDelta:
         """The text of one step. A stop string that the step's tokens complete overrules the engine's finish reason.

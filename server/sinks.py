@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from quire.server.metrics import Metrics
-from quire.server.responses import ChunkTemplate
+from quire.server.responses import encode_text
 from quire.server.tally import Tally
 
 if TYPE_CHECKING:
@@ -23,13 +23,14 @@ TakeDeltas = Callable[[list["TextDelta"]], bool]
 class AnswerSink:
     """Of an answer that is sent as a whole."""
 
-    __slots__ = ("_choice", "_has_begun", "_metrics", "_take")
+    __slots__ = ("_choice", "_has_begun", "_metrics", "_take", "reader_waits")
 
     def __init__(self, take: TakeDeltas, tally: Tally, metrics: Metrics) -> None:
         self._take = take
         self._choice = tally.choices[0]
         self._metrics = metrics
         self._has_begun = False
+        self.reader_waits = False
 
     def take(self, deltas: list[TextDelta]) -> bool:
         taken = self._take(deltas)
@@ -54,23 +55,25 @@ class EventSink:
         parts: of the stream's connection, where it has them.
     """
 
-    __slots__ = ("_choice", "_metrics", "_parts", "_take", "_template")
+    __slots__ = ("_after", "_before", "_choice", "_metrics", "_parts", "_take", "reader_waits")
 
     def __init__(self, take: TakeDeltas, parts: PartWriter | None, tally: Tally, metrics: Metrics) -> None:
         self._take = take
         self._parts = parts
         self._choice = tally.choices[0]
         self._metrics = metrics
-        self._template: ChunkTemplate | None = None
+        self._before = self._after = b""
+        self.reader_waits = False
 
     def take(self, deltas: list[TextDelta]) -> bool:
-        self._template = self._choice.template
+        if not self._before and (template := self._choice.template) is not None:
+            self._before, self._after = template.before, template.after
         return self._take(deltas)
 
     def take_text(self, text: str, token_id: int, num_output_tokens: int, now: float) -> bool:
-        parts, template = self._parts, self._template
-        if template is None or parts is None or not parts.is_free:
+        parts, before = self._parts, self._before
+        if not before or parts is None or not parts.is_free:
             return False
         self._choice.add_token(num_output_tokens, now, self._metrics)
-        parts.write(template.fill(text), now)
+        parts.write(before + encode_text(text) + self._after, now)
         return True
