@@ -79,7 +79,8 @@ class OutputProcessor:
             if choice is None or (sink := choice.sink) is None or not sink.reader_waits:
                 others.append(row)
                 continue
-            text, num_output_tokens = choice.push(token_id)
+            text = choice.detokenizer.push(token_id)
+            choice.num_output_tokens = num_output_tokens = choice.num_output_tokens + 1
             try:
                 taken = sink.take_text(text, token_id, num_output_tokens, now)
             except Exception as error:
@@ -151,7 +152,8 @@ class RequestState:
 
     def plain_choice(self, params: SamplingParams) -> ChoiceState | None:
         """The only choice, if nothing is kept back or told but its text and its end."""
-        if not self._keeps_nothing or len(self.choices) > 1 or params.stop or params.logprobs is not None:
+        told = params.stop or params.logprobs is not None or params.use_beam_search
+        if not self._keeps_nothing or len(self.choices) > 1 or told:
             return None
         return self.choices[0]
 
@@ -181,13 +183,13 @@ class ChoiceState:
     """Text state of one choice."""
 
     __slots__ = (
-        "_detokenizer",
         "_index",
         "_num_characters",
-        "_num_output_tokens",
         "_params",
         "_stop",
         "_sum_of_log_probs",
+        "detokenizer",
+        "num_output_tokens",
         "queue",
         "sink",
     )
@@ -197,19 +199,14 @@ class ChoiceState:
     ) -> None:
         self._index = index
         self._params = params
-        self._detokenizer = detokenizer
+        self.detokenizer = detokenizer
         self._stop = stop
-        self._num_output_tokens = 0
+        self.num_output_tokens = 0
         self._num_characters = 0
         self._sum_of_log_probs = 0.0
         self.queue: DeltaQueue | None = None
         self.sink: Sink | None = None
         """Of the queue; both for plain choices only."""
-
-    def push(self, token_id: int) -> tuple[str, int]:
-        """The text of a token of a plain choice, whose offsets nobody asks for; and how many tokens there are."""
-        self._num_output_tokens += 1
-        return self._detokenizer.push(token_id), self._num_output_tokens
 
     def fail(self, error: Exception) -> None:
         """The sink raised `error`: the reader gets it."""
@@ -234,18 +231,18 @@ class ChoiceState:
             silent = len(output.token_ids) - 1
         offsets: list[int] = []
         for position, token_id in enumerate(output.token_ids):
-            self._num_output_tokens += 1
+            self.num_output_tokens += 1
             offsets.append(self._num_characters)
             if position == silent:
                 continue
-            self._show(self._detokenizer.push(token_id), delta)
+            self._show(self.detokenizer.push(token_id), delta)
             if delta.finish_reason is not None:
                 delta.token_ids = output.token_ids[: position + 1]
                 break
         else:
             if output.finish_reason is not None:
                 self._finish(output, delta)
-        delta.num_output_tokens = self._num_output_tokens
+        delta.num_output_tokens = self.num_output_tokens
         if output.log_probs is not None:
             self._add_log_probs(output, delta, offsets)
         if delta.finish_reason is not None and output.cumulative_log_prob is not None:
@@ -255,16 +252,16 @@ class ChoiceState:
     def _advance_text(self, output: StepOutput) -> TextDelta:
         """What nearly every step brings: text that is shown as it is, and no end."""
         token_ids = output.token_ids
-        push = self._detokenizer.push
+        push = self.detokenizer.push
         text = push(token_ids[0]) if len(token_ids) == 1 else "".join(map(push, token_ids))
         self._num_characters += len(text)
-        self._num_output_tokens += len(token_ids)
+        self.num_output_tokens += len(token_ids)
         delta = TextDelta(
             self._index,
             text,
             token_ids,
             num_cached_tokens=output.num_cached_tokens,
-            num_output_tokens=self._num_output_tokens,
+            num_output_tokens=self.num_output_tokens,
         )
         delta.prompt_log_probs = output.prompt_log_probs
         return delta
@@ -283,13 +280,13 @@ class ChoiceState:
         if self._stop is None or not text:
             delta.text += text
             return
-        delta.text += self._stop.push(text, may_stop=self._num_output_tokens > self._params.min_tokens)
+        delta.text += self._stop.push(text, may_stop=self.num_output_tokens > self._params.min_tokens)
         if self._stop.matched is not None:
             delta.finish_reason = FinishReason.STOP.value
             delta.stop_reason = self._stop.matched
 
     def _finish(self, output: StepOutput, delta: TextDelta) -> None:
-        self._show(self._detokenizer.finish(), delta)
+        self._show(self.detokenizer.finish(), delta)
         if delta.finish_reason is None and output.finish_reason is not None:
             if self._stop is not None:
                 delta.text += self._stop.finish()

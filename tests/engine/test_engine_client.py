@@ -467,6 +467,7 @@ class RecordingSink:
     def __init__(self) -> None:
         self.texts: list[str] = []
         self.willing = True
+        self.reader_waits = True
 
     def take(self, deltas: list[TextDelta]) -> bool:
         if self.willing:
@@ -474,16 +475,11 @@ class RecordingSink:
         return self.willing
 
     def take_text(self, text: str, token_id: int, num_output_tokens: int, now: float) -> bool:
-        if self.willing:
-            self.texts.append(text)
-        return self.willing
+        raise AssertionError("queues take deltas")
 
 
-class BrokenSink:
+class BrokenSink(RecordingSink):
     def take(self, deltas: list[TextDelta]) -> bool:
-        raise RuntimeError("broken")
-
-    def take_text(self, text: str, token_id: int, num_output_tokens: int, now: float) -> bool:
         raise RuntimeError("broken")
 
 
@@ -491,35 +487,61 @@ def test_sink_takes_steps_only_while_the_reader_waits_with_nothing_left() -> Non
     async def check() -> None:
         sink = RecordingSink()
         queue = DeltaQueue(sink)
-        assert not queue.put_text("a", 1, 1, 0.0)
+        assert not sink.reader_waits
         queue.put([TextDelta(0, "a", [1])])  # nobody waits yet
         assert sink.texts == []
         assert await queue.get() == [TextDelta(0, "a", [1])]
+        assert not sink.reader_waits
         reader = asyncio.create_task(queue.get())
         await asyncio.sleep(0)
+        assert sink.reader_waits
         queue.put([TextDelta(0, "b", [2])])
-        assert queue.put_text("c", 3, 3, 0.0)
-        assert sink.texts == ["b", "c"]
+        assert sink.texts == ["b"]
         sink.willing = False
-        assert not queue.put_text("d", 4, 4, 0.0)
-        queue.put([TextDelta(0, "d", [4])])
+        queue.put([TextDelta(0, "c", [3])])
         sink.willing = True
-        assert not queue.put_text("e", 5, 5, 0.0), "it would overtake what the reader has not taken yet"
-        queue.put([TextDelta(0, "e", [5])])
-        assert sink.texts == ["b", "c"]
-        assert await reader == [TextDelta(0, "de", [4, 5])]
+        assert not sink.reader_waits, "what came now would overtake what the reader has not taken yet"
+        queue.put([TextDelta(0, "d", [4])])
+        assert sink.texts == ["b"]
+        assert await reader == [TextDelta(0, "cd", [3, 4])]
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("end", [DeltaQueue.close, lambda queue: queue.fail(RuntimeError("over"))])
+def test_nothing_is_offered_to_the_sink_behind_the_end(end: Any) -> None:
+    async def check() -> None:
+        sink = RecordingSink()
+        queue = DeltaQueue(sink)
+        reader = asyncio.create_task(queue.get())
+        await asyncio.sleep(0)
+        assert sink.reader_waits
+        end(queue)
+        assert not sink.reader_waits
+        await asyncio.gather(reader, return_exceptions=True)
+
+    asyncio.run(check())
+
+
+def test_sink_is_not_told_of_a_reader_that_left() -> None:
+    async def check() -> None:
+        sink = RecordingSink()
+        reader = asyncio.create_task(DeltaQueue(sink).get())
+        await asyncio.sleep(0)
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+        assert not sink.reader_waits
 
     asyncio.run(check())
 
 
 def test_reader_gets_what_a_sink_raises() -> None:
     async def check() -> None:
-        for put in (lambda queue: queue.put([TextDelta(0, "a", [1])]), lambda queue: queue.put_text("a", 1, 1, 0.0)):
-            queue = DeltaQueue(BrokenSink())
-            reader = asyncio.create_task(queue.get())
-            await asyncio.sleep(0)
-            assert put(queue)
-            with pytest.raises(RuntimeError, match="broken"):
-                await reader
+        queue = DeltaQueue(BrokenSink())
+        reader = asyncio.create_task(queue.get())
+        await asyncio.sleep(0)
+        assert queue.put([TextDelta(0, "a", [1])])
+        with pytest.raises(RuntimeError, match="broken"):
+            await reader
 
     asyncio.run(check())
