@@ -117,6 +117,53 @@ def test_client_that_does_not_read_makes_the_writer_unready(new_loop: Any) -> No
     with_connection(check, new_loop)
 
 
+def test_writer_is_free_while_parts_alone_are_sent_and_read(new_loop: Any) -> None:
+    async def check(transport: asyncio.Transport, client: socket.socket) -> None:
+        writer = PartWriter(transport, PartBatch())
+        assert not writer.is_free, "the head is not out"
+        writer.write(b"a", 1.0)
+        assert not writer.is_free
+        await asyncio.sleep(0.01)
+        assert writer.is_free
+        writer.write(b"b", 2.0)
+        assert writer.is_free
+        writer.write(b"c", 3.0)
+        assert not writer.is_free, "two steps wait for their turn: they are to be bounded"
+        await asyncio.sleep(0.01)
+        assert writer.is_free
+        writer.write(b"d", 4.0)
+        writer.pause()
+        assert received(client) == b"".join(b"1\r\n%b\r\n" % part for part in (b"a", b"b", b"c", b"d"))
+        await asyncio.sleep(0.01)
+        assert not writer.is_free, "something else is being written"
+        assert writer.last_write == 4.0
+
+    with_connection(check, new_loop)
+
+
+def test_writer_is_not_free_while_the_client_does_not_read_nor_once_it_is_gone(new_loop: Any) -> None:
+    async def check(transport: asyncio.Transport, client: socket.socket) -> None:
+        writer, num_written = PartWriter(transport, PartBatch()), 0
+        while num_written == 0 or writer.is_free:
+            writer.write(b"x" * 4096, 0.0)
+            writer.flush()
+            num_written += 1
+            assert num_written < 1000
+        assert 64 * 1024 <= transport.get_write_buffer_size() < 64 * 1024 + 4200
+        while transport.get_write_buffer_size():
+            received(client)
+            await asyncio.sleep(0)
+        writer.write(b"y", 0.0)
+        writer.flush()
+        assert writer.is_free
+        writer.write(b"z", 0.0)
+        transport.abort()
+        writer.flush()
+        assert not writer.is_free
+
+    with_connection(check, new_loop)
+
+
 def test_parts_that_wait_for_their_turn_are_bounded(new_loop: Any) -> None:
     async def check(transport: asyncio.Transport, client: socket.socket) -> None:
         writer, num_written = PartWriter(transport, PartBatch()), 0
