@@ -37,13 +37,16 @@ from quire.kernels.cpu_elements import (
     Kinds,
     Value,
     architecture,
+    call_for_number,
     emitted,
     int64_pointer,
     move,
     nothing,
     take,
 )
+from quire.kernels.cpu_ranges import Panels
 from quire.kernels.cpu_workers import (
+    ALONE,
     RECORDING,
     Parameters,
     call_function,
@@ -51,6 +54,7 @@ from quire.kernels.cpu_workers import (
     enter,
     fork_join_address,
     team_size_address,
+    thread_number_address,
 )
 
 _ALIGNMENT = 64
@@ -62,14 +66,26 @@ _SPINS = 4096  # pauses, some 70 microseconds, before a waiting thread goes to s
     _ARRIVED,  # threads that have left the kernel that runs
     _RELEASED,  # kernels that all threads have left, or that had nothing to do
     _NUM_KERNELS,
-    _KERNELS,  # [num_kernels, 3] addresses: prepare, body, parameters
+    _KERNELS,  # [num_kernels, _NUM_FIELDS]
     _TEAM_SIZE,  # omp_get_num_threads, or 0: a single thread replays
+    _THREAD_NUMBER,  # omp_get_thread_num, or 0
+    _NUM_RANGES,  # into which panels are divided
+    _AHEAD_BYTES,
+    _EARLY_BYTES,
     _SLEEPING,  # threads that sleep until the next release
     _SYSCALL,  # syscall of the C library, or 0: nobody sleeps
-) = range(7)
+) = range(11)
+
+# A kernel's fields: three addresses, and the panels of the next kernel behind it that reads any.
+_PREPARE, _BODY, _PARAMETERS, _AHEAD, _NUM_PANELS, _PANEL_BYTES, _NUM_FIELDS = range(7)
+
+_LINE_BYTES, _LINES_AT_ONCE = 64, 4  # of the cache; between two looks at whether the others are done
 
 _FUTEX = {"x86_64": 202, "aarch64": 98}  # number of the system call
 _FUTEX_WAIT, _FUTEX_WAKE, _EVERYBODY = 128, 129, 2**31 - 1  # of threads of one process
+
+
+_NO_PANELS = Panels(0, 0, 0)
 
 
 class NotRecordableError(Exception):
@@ -117,16 +133,18 @@ class Recording:
         self._max_rows = max_rows
         self._max_threads = torch.get_num_threads()
         self._functions: list[tuple[int, int]] = []
+        self._panels: list[Panels] = []
         self._recorded: list[Parameters] = []
-        self._kernels = np.zeros((0, 3), np.int64)
+        self._kernels = np.zeros((0, _NUM_FIELDS), np.int64)
         self._free: dict[int, list[npt.NDArray[np.uint8]]] = defaultdict(list)
         self._chunk_index = 0
         self._chunk_used = 0
         self._replay: Parameters = np.zeros(0, np.int64)
 
-    def add(self, name: str, prepare: int, body: int, parameters: Parameters) -> None:
+    def add(self, name: str, prepare: int, body: int, parameters: Parameters, panels: Panels | None) -> None:
         self.names.append(name)
         self._functions.append((prepare, body))
+        self._panels.append(panels or _NO_PANELS)
         self._recorded.append(parameters)
 
     def new_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -155,13 +173,18 @@ class Recording:
     def finish(self) -> None:
         self.parameters = np.concatenate(self._recorded) if self._recorded else self.parameters
         ends = np.cumsum([len(parameters) for parameters in self._recorded], dtype=np.int64)
-        self._kernels = np.empty((len(ends), 3), np.int64)
-        self._kernels[:, :2] = np.array(self._functions, np.int64).reshape(-1, 2)
-        self._kernels[1:, 2] = ends[:-1]
-        self._kernels[:1, 2] = 0
-        self._kernels[:, 2] = self.parameters.ctypes.data + 8 * self._kernels[:, 2]
-        fields = [0, 0, len(ends), self._kernels.ctypes.data, 0, 0, _syscall_address()]
-        self._replay = np.array(fields, np.int64)
+        self._kernels = np.zeros((len(ends), _NUM_FIELDS), np.int64)
+        self._kernels[:, :_PARAMETERS] = np.array(self._functions, np.int64).reshape(-1, 2)
+        self._kernels[1:, _PARAMETERS] = ends[:-1]
+        self._kernels[:, _PARAMETERS] = self.parameters.ctypes.data + 8 * self._kernels[:, _PARAMETERS]
+        following = _NO_PANELS
+        for index in reversed(range(len(ends))):
+            self._kernels[index, _AHEAD:] = following
+            following = self._panels[index] if self._panels[index].num_panels else following
+        self._replay = np.zeros(_SYSCALL + 1, np.int64)
+        self._replay[_NUM_KERNELS], self._replay[_KERNELS] = len(ends), self._kernels.ctypes.data
+        self._replay[_NUM_RANGES], self._replay[_SYSCALL] = self._max_threads, _syscall_address()
+        self._replay[_AHEAD_BYTES], self._replay[_EARLY_BYTES] = 262144, 2048
         self._recorded.clear()
 
     def replay(self, num_threads: int) -> None:
@@ -173,6 +196,7 @@ class Recording:
         prepare, body = _compiled()
         fork_join = fork_join_address() if num_threads > 1 else 0
         self._replay[_TEAM_SIZE] = team_size_address() if fork_join else 0
+        self._replay[_THREAD_NUMBER] = thread_number_address() if fork_join else 0
         enter(fork_join, prepare, body, self._replay, num_threads)
 
     def profile(self, num_threads: int) -> list[tuple[str, float]]:
@@ -185,6 +209,7 @@ class Recording:
             alone = self._replay.copy()
             alone[_NUM_KERNELS], alone[_KERNELS] = 1, self._kernels[index].ctypes.data
             alone[_TEAM_SIZE] = team_size_address() if fork_join else 0
+            alone[_AHEAD_BYTES] = alone[_EARLY_BYTES] = 0
             start = time.perf_counter()
             enter(fork_join, prepare, body, alone, num_threads)
             times.append((name, time.perf_counter() - start))
@@ -247,11 +272,10 @@ def _pause(builder: Builder, kinds: Kinds) -> None:
         lanes.call(builder, "llvm.aarch64.hint", ir.VoidType(), [ir.Constant(I32, 1)])
 
 
-@emitted(lambda function: types.int64)
-def _call_for_number(builder: Builder, kinds: Kinds, function: Value) -> Value:
-    """function(), an int."""
-    function_type = ir.FunctionType(I32, [])
-    return builder.sext(builder.call(builder.inttoptr(function, function_type.as_pointer()), []), I64)
+@emitted(nothing)
+def _ask_for_line(builder: Builder, kinds: Kinds, address: Value) -> None:
+    """Have the line at an address brought into the second level of this thread's cache."""
+    lanes.prefetch_line(builder, builder.inttoptr(address, ir.IntType(8).as_pointer()), locality=2)
 
 
 @emitted(nothing)
@@ -265,15 +289,21 @@ def _futex(builder: Builder, kinds: Kinds, syscall: Value, pointer: Value, opera
 
 @numba.njit
 def _prepare_from(parameters, index):  # type: ignore[no-untyped-def]
-    """Make kernel `index` ready or, if its `prepare` leaves no work, the first behind it that has some; which one."""
+    """Make the first kernel from `index` on ready that is for all threads; which one.
+
+    Those before it have no work, as their `prepare` says, or so little that this thread does it while the others wait.
+    """
     while index < parameters[_NUM_KERNELS]:
-        kernel = move(int64_pointer(parameters[_KERNELS]), 3 * index)
-        ticket = int64_pointer(kernel[2])
+        kernel = move(int64_pointer(parameters[_KERNELS]), _NUM_FIELDS * index)
+        ticket = int64_pointer(kernel[_PARAMETERS])
         ticket[0] = 0
-        if kernel[0] != 0:
-            call_function(kernel[0], kernel[2])
+        if kernel[_PREPARE] != 0:
+            call_function(kernel[_PREPARE], kernel[_PARAMETERS])
         if ticket[0] == 0:
             break
+        if ticket[0] == ALONE:
+            ticket[0] = 0
+            call_function(kernel[_BODY], kernel[_PARAMETERS])
         index += 1
     return index
 
@@ -285,8 +315,17 @@ def _prepare(shared: Any) -> None:
 
 
 @numba.njit
-def _wait(parameters, index):  # type: ignore[no-untyped-def]
-    """Until all threads have left kernel `index`; returns the next one.
+def _range_ahead(parameters, index, thread):  # type: ignore[no-untyped-def]
+    """Where the panels begin that a thread reads behind kernel `index`, and where they end."""
+    kernel = move(int64_pointer(parameters[_KERNELS]), _NUM_FIELDS * index)
+    num_panels, num_ranges = kernel[_NUM_PANELS], parameters[_NUM_RANGES]
+    first, end = thread * num_panels // num_ranges, (thread + 1) * num_panels // num_ranges
+    return kernel[_AHEAD] + first * kernel[_PANEL_BYTES], kernel[_AHEAD] + end * kernel[_PANEL_BYTES]
+
+
+@numba.njit
+def _wait(parameters, index, begin, end):  # type: ignore[no-untyped-def]
+    """Until all threads have left kernel `index`; returns the next one, and up to where it asked for [begin, end).
 
     Whoever is late has lost its core to another process: a thread that sleeps leaves it its own. It counts itself
     before the kernel of the system looks whether it is to sleep at all, so nobody misses the release.
@@ -294,22 +333,37 @@ def _wait(parameters, index):  # type: ignore[no-untyped-def]
     released = move(parameters, _RELEASED)
     num_spins = 0
     while _acquire(released) <= index:
+        if begin < end:
+            for line in range(_LINES_AT_ONCE):
+                _ask_for_line(begin + line * _LINE_BYTES)
+            begin += _LINES_AT_ONCE * _LINE_BYTES
+            continue
         _pause()
         num_spins += 1
         if num_spins > _SPINS and parameters[_SYSCALL] != 0:
             _add(move(parameters, _SLEEPING), 1)
             _futex(parameters[_SYSCALL], released, _FUTEX_WAIT, index)
             _add(move(parameters, _SLEEPING), -1)
-    return _acquire(released)
+    return _acquire(released), begin
 
 
 def _replay(shared: Any) -> None:
     parameters = int64_pointer(shared)
-    num_threads = _call_for_number(parameters[_TEAM_SIZE]) if parameters[_TEAM_SIZE] != 0 else 1
+    num_threads = call_for_number(parameters[_TEAM_SIZE]) if parameters[_TEAM_SIZE] != 0 else 1
+    thread = call_for_number(parameters[_THREAD_NUMBER]) if parameters[_THREAD_NUMBER] != 0 else 0
     kernels = int64_pointer(parameters[_KERNELS])
-    index = parameters[_RELEASED]
+    index, asked = parameters[_RELEASED], 0
     while index < parameters[_NUM_KERNELS]:
-        call_function(kernels[3 * index + 1], kernels[3 * index + 2])
+        kernel = move(kernels, _NUM_FIELDS * index)
+        call_function(kernel[_BODY], kernel[_PARAMETERS])
+        begin, end = _range_ahead(parameters, index, thread)
+        if not begin < asked <= end:
+            asked = begin
+        limit = min(begin + parameters[_EARLY_BYTES], end)
+        while asked < limit:
+            _ask_for_line(asked)
+            asked += _LINE_BYTES
+        end = min(begin + parameters[_AHEAD_BYTES], end)
         # The last to leave a kernel makes the next one ready and lets the others go on.
         if take(move(parameters, _ARRIVED)) == num_threads - 1:
             parameters[_ARRIVED] = 0
@@ -319,7 +373,7 @@ def _replay(shared: Any) -> None:
                 _futex(parameters[_SYSCALL], move(parameters, _RELEASED), _FUTEX_WAKE, _EVERYBODY)
             index = following
         else:
-            index = _wait(parameters, index)
+            index, asked = _wait(parameters, index, asked, end)
 
 
 def _syscall_address() -> int:
