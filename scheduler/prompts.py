@@ -101,14 +101,17 @@ class Prompts:
     def _should_wait(
         self, sequence: Sequence, prefix: CachedPrefix, num_left: int, builder: BatchBuilder, budget: PromptBudget
     ) -> bool:
-        """Whether this step computes another prompt about as long, or what the sequence would begin with.
+        """Whether this step computes another prompt about as long, or this one or the one in flight what the sequence
+        would begin with.
 
         The latter it finds cached a little later, and no later than it could have computed it. Only who computes in
-        this very step makes others wait: whoever is aborted, fails or is preempted does so no more.
+        these very steps makes others wait: whoever is aborted, fails or is preempted does so no more.
         """
         if not budget.gives_way_to(num_left):
             return True
-        return any(self._scheduler.blocks.is_computing(writer, sequence, prefix) for writer in builder.chunks)
+        blocks, in_flight = self._scheduler.blocks, self._scheduler.steps.prompts
+        writers = [(writer, writer.num_computed_tokens) for writer in builder.chunks]
+        return any(blocks.is_computing(*writer, sequence, prefix) for writer in writers + in_flight)
 
     def _limit_chunk(self, start: int, num_tokens: int, budget: int) -> int:
         """How many of `num_tokens` tokens from `start` on to compute at once."""
