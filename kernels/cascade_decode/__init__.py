@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -24,11 +23,6 @@ class PrefixGroups:
     group_start: torch.Tensor  # [G + 1] members of group g are rows[group_start[g] : group_start[g + 1]]
     prefix_lens: torch.Tensor  # [G] tokens of the prefix, at most the length of the shortest member
     row_prefix_lens: torch.Tensor  # [S] by row of the batch: the prefix of its group
-
-    def to(self, device: torch.device) -> PrefixGroups:
-        """The same on another device; nothing waits for the copies."""
-        tensors = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return PrefixGroups(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
 def cascade_decode(
