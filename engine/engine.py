@@ -31,6 +31,7 @@ from quire.engine.last_tokens import LastTokens
 from quire.engine.memory import plan_memory
 from quire.engine.messages import EngineInfo
 from quire.engine.model_runner import ModelRunner
+from quire.engine.prefix_groups import CascadeCosts
 from quire.engine.prompt_log_probs import PromptLogProbs
 from quire.engine.sampler import Sampler
 from quire.engine.step_executor import StepExecutor
@@ -106,7 +107,8 @@ class Engine:
         self._kv = KVStorage(
             model_config, budget.num_blocks, config.block_size, kv_dtype, device, max_logprobs=max_logprobs
         )
-        self._inputs = InputBuilder(step_budget, max_num_seqs, budget.max_model_len, config.block_size, device)
+        costs = CascadeCosts.of(model_config, kv_dtype, device)
+        self._inputs = InputBuilder(step_budget, max_num_seqs, budget.max_model_len, config.block_size, device, costs)
         self._runner = ModelRunner(self._model, self._kv.layers, self._inputs.memory)
         self._grammars = GrammarFactory(directory, model_config.vocab_size, model_config.eos_token_ids)
         self._sampler = Sampler(max_num_seqs, self._grammars)
