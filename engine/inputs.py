@@ -54,7 +54,7 @@ class StepMemory:
 
 
 class InputBuilder:
-    """Keeps all rows' block tables, [max_num_seqs, max_num_blocks] int32, and changes only what a step changed.
+    """On the host. Keeps all rows' block tables, [max_num_seqs, max_num_blocks] int32, and changes what a step did.
 
     Hidden states are wanted of the tokens that sample, in their order, and then of those whose logits score a prompt:
     `prompt_log_probs.scored_chunks` has theirs.
@@ -67,7 +67,6 @@ class InputBuilder:
         self, max_num_tokens: int, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device
     ) -> None:
         self._block_size = block_size
-        self._device = device
         self._block_tables: Int32Array = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
         max_num_blocks = self._block_tables.shape[1]
         self.memory = StepMemory(max_num_tokens, max_num_seqs, max_num_blocks) if device.type == "cpu" else None
@@ -109,7 +108,7 @@ class InputBuilder:
         inputs = memory.batch(num_decodes, num_prefills, num_tokens, len(logits_indices))
         inputs.max_query_len = int(counts[num_decodes:].max(initial=0))
         inputs.max_seq_len = max_seq_len
-        return inputs if self.memory is not None else inputs.to(self._device)
+        return inputs
 
     def _build_decodes(self, batch: ScheduledBatch, memory: StepMemory) -> ForwardBatch:
         """Each sequence computes its last token and samples the next one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -11,10 +12,21 @@ from quire.engine.device_queue import DeviceQueue, Pending
 from quire.engine.inputs import InputBuilder
 from quire.engine.kv_storage import KVStorage
 from quire.engine.last_tokens import LastTokens, StepTokens
-from quire.engine.model_runner import ModelRunner
+from quire.engine.model_runner import ModelOutput
 from quire.engine.prompt_log_probs import PromptLogProbs, ScoredChunk, num_score_tensors, scored_chunks
 from quire.engine.sampler import SamplePlan, Sampler
+from quire.models.forward_batch import ForwardBatch
 from quire.scheduler.output import SampledTokens, ScheduledBatch
+
+
+class Runner(Protocol):
+    """The model on its device: `engine.model_runner.ModelRunner` or `engine.cuda_runner.CudaRunner`."""
+
+    def place(self, inputs: ForwardBatch) -> ForwardBatch:
+        """A step's inputs from the host, on the device."""
+        ...
+
+    def run(self, inputs: ForwardBatch, num_sampled: int) -> ModelOutput: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +48,7 @@ class StepExecutor:
         self,
         inputs: InputBuilder,
         kv: KVStorage,
-        runner: ModelRunner,
+        runner: Runner,
         sampler: Sampler,
         prompt_log_probs: PromptLogProbs,
         queue: DeviceQueue,
@@ -62,7 +74,7 @@ class StepExecutor:
 
     def submit(self, batch: ScheduledBatch) -> None:
         """Hand a step to the device, which has computed it by the time it is retired."""
-        inputs = self._inputs.build(batch)
+        inputs = self._runner.place(self._inputs.build(batch))
         plan = self._sampler.plan(batch)
         chunks = scored_chunks(batch)
         last_tokens = self._last_tokens
