@@ -47,10 +47,12 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 
 
 def is_replayable(inputs: ForwardBatch) -> bool:
-    """Whether a graph can hold a step: it only decodes, and every row's logits are wanted, in order."""
+    """Whether a graph can hold a step: it only decodes, every row's logits are wanted, in order, and no group of rows
+    is attended to as one."""
     num_seqs = len(inputs.seq_lens)
     wanted = inputs.logits_indices
-    return inputs.num_decodes == num_seqs and (wanted is None or len(wanted) == num_seqs)
+    wants_all = wanted is None or len(wanted) == num_seqs
+    return inputs.num_decodes == num_seqs and wants_all and inputs.prefix_groups is None
 
 
 class CudaGraphs:

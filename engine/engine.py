@@ -32,6 +32,7 @@ from quire.engine.last_tokens import LastTokens
 from quire.engine.memory import plan_memory
 from quire.engine.messages import EngineInfo
 from quire.engine.model_runner import ModelRunner
+from quire.engine.prefix_groups import CascadeCosts
 from quire.engine.prompt_log_probs import PromptLogProbs
 from quire.engine.sampler import Sampler
 from quire.engine.step_executor import StepExecutor
@@ -107,7 +108,8 @@ class Engine:
         self._kv = KVStorage(
             model_config, budget.num_blocks, config.block_size, kv_dtype, device, max_logprobs=max_logprobs
         )
-        self._inputs = InputBuilder(step_budget, max_num_seqs, budget.max_model_len, config.block_size, device)
+        costs = CascadeCosts.of(model_config, kv_dtype, device)
+        self._inputs = InputBuilder(step_budget, max_num_seqs, budget.max_model_len, config.block_size, device, costs)
         self._runner = self._make_runner(config, device, max_num_seqs, budget.max_model_len)
         self._grammars = GrammarFactory(directory, model_config.vocab_size, model_config.eos_token_ids)
         self._sampler = Sampler(max_num_seqs, self._grammars)

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from quire.engine.prefix_groups import CascadeCosts, PrefixGroupFinder
 from quire.engine.prompt_log_probs import scored_chunks
 from quire.engine.sample_rows import sample_indices
 from quire.models.forward_batch import ForwardBatch
@@ -59,17 +60,28 @@ class InputBuilder:
     Hidden states are wanted of the tokens that sample, in their order, and then of those whose logits score a prompt:
     `prompt_log_probs.scored_chunks` has theirs.
 
+    Args:
+        costs: by which decodes are grouped that begin with the same blocks; None groups none, as on a CPU, whose
+            recordings have no such steps.
+
     Attributes:
         memory: where the inputs of a CPU's steps lie, unless a step does not fit; None on other devices.
     """
 
     def __init__(
-        self, max_num_tokens: int, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device
+        self,
+        max_num_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        device: torch.device,
+        costs: CascadeCosts | None = None,
     ) -> None:
         self._block_size = block_size
         self._block_tables: Int32Array = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
         max_num_blocks = self._block_tables.shape[1]
         self.memory = StepMemory(max_num_tokens, max_num_seqs, max_num_blocks) if device.type == "cpu" else None
+        self._prefix_groups = None if costs is None else PrefixGroupFinder(block_size, costs, device)
         self._decodes: dict[int, ForwardBatch] = {}
 
     def build(self, batch: ScheduledBatch) -> ForwardBatch:
@@ -108,6 +120,9 @@ class InputBuilder:
         inputs = memory.batch(num_decodes, num_prefills, num_tokens, len(logits_indices))
         inputs.max_query_len = int(counts[num_decodes:].max(initial=0))
         inputs.max_seq_len = max_seq_len
+        if self.memory is None and self._prefix_groups is not None:
+            tables, lens = memory.block_tables[:num_decodes], memory.seq_lens[:num_decodes]
+            inputs.prefix_groups = self._prefix_groups.find(tables, lens)
         return inputs
 
     def _build_decodes(self, batch: ScheduledBatch, memory: StepMemory) -> ForwardBatch:

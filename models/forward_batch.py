@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from quire.kernels.cascade_decode import PrefixGroups
+
 
 @dataclass(slots=True)
 class ForwardBatch:
@@ -24,3 +26,4 @@ class ForwardBatch:
     num_decodes: int
     max_query_len: int  # over the sequences that are not decodes; 0 if there is none
     max_seq_len: int
+    prefix_groups: PrefixGroups | None = None  # of the decodes, on the device of the step; None: nobody shares enough

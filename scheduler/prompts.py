@@ -29,14 +29,17 @@ class Prompts:
         self._config = scheduler.config
         self.order = WaitingOrder(scheduler.waiting, scheduler.blocks)
         self.max_num_tokens: int | None = None
-        """Most tokens of prompts in a step that decodes too; None: what its budget leaves. Only for chunks."""
+        """Most tokens of prompts in a step that decodes too; None: what its budget leaves, and tokens cost next to
+        nothing. Only for chunks."""
 
     def budget(self, builder: BatchBuilder) -> PromptBudget:
         """Of a step whose decodes are known."""
         most = self._config.max_num_batched_tokens
-        if self.max_num_tokens is not None and self._config.enable_chunked_prefill:
+        one_by_one = self.max_num_tokens is not None and self._config.enable_chunked_prefill
+        if self.max_num_tokens is not None and one_by_one:
             most = min(most, self.max_num_tokens)
-        return PromptBudget(min(builder.budget, most) if builder.decodes else builder.budget, most)
+        num_tokens = min(builder.budget, most) if builder.decodes else builder.budget
+        return PromptBudget(num_tokens, most, one_by_one=one_by_one)
 
     def schedule_running(self, sequences: list[Sequence], builder: BatchBuilder, budget: PromptBudget) -> None:
         """Chunks for running sequences, the oldest first, that have not one token left to compute but more, or, if they

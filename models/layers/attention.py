@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from quire.kernels.backend import empty
+from quire.kernels.cascade_decode import cascade_decode
 from quire.kernels.paged_decode import paged_decode
 from quire.kernels.paged_prefill import paged_prefill
 from quire.kernels.rms_norm import rms_norm
@@ -52,6 +53,11 @@ class PagedAttention:
         self, query: torch.Tensor, batch: ForwardBatch, cache: KVCache, out: torch.Tensor | None
     ) -> torch.Tensor:
         tables, seq_lens = batch.block_tables[: len(query)], batch.seq_lens[: len(query)]
+        if batch.prefix_groups is not None and self._sliding_window is None:
+            return cascade_decode(
+                *(query, cache.keys, cache.values, tables, seq_lens, batch.prefix_groups, self._scale, out),
+                *(cache.key_scales, cache.value_scales),
+            )
         return paged_decode(
             *(query, cache.keys, cache.values, tables, seq_lens, self._scale, self._sliding_window, out),
             *(cache.key_scales, cache.value_scales),

@@ -25,6 +25,7 @@ from quire.engine.last_tokens import LastTokens
 from quire.engine.memory import graph_bytes
 from quire.engine.prompt_log_probs import PromptLogProbs
 from quire.engine.step_executor import StepExecutor
+from quire.kernels.cascade_decode import PrefixGroups
 from quire.models.config import ModelConfig
 from quire.models.forward_batch import ForwardBatch
 from quire.tales import MODEL_DIR
@@ -89,6 +90,7 @@ def test_only_steps_that_decode_and_want_every_row_are_replayable() -> None:
     assert is_replayable(decodes(3, logits_indices=None))
     assert not is_replayable(decodes(3, logits_indices=torch.arange(2)))
     assert not is_replayable(decodes(3, num_decodes=2))
+    assert not is_replayable(decodes(3, prefix_groups=PrefixGroups(*[torch.zeros(3, dtype=torch.int32)] * 4)))
 
 
 def test_inputs_are_sent_as_they_are() -> None:

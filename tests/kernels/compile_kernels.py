@@ -15,9 +15,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -25,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from quire.kernels.cascade_decode import PrefixGroups
 from quire.kernels.quantization import LARGEST_CODE
 from quire.kernels.targets import A100, B200, H100, MI300, Target
 
@@ -85,17 +88,15 @@ def launches(op: str, target: Target, *args: Any, launcher: str | None = None) -
 
             return record
 
-    kernels = {name: value for name, value in vars(module).items() if isinstance(value, JITFunction)}
-    replaced = {name: getattr(module, name) for name in (*kernels, "current_target") if hasattr(module, name)}
-    try:
-        for name, kernel in kernels.items():
-            setattr(module, name, Recorder(kernel))
+    with ExitStack() as stack:
+        for name, part in list(sys.modules.items()):
+            if name.startswith("quire.kernels.") and part is not None:
+                for member, value in list(vars(part).items()):
+                    if isinstance(value, JITFunction) and member.endswith("_kernel"):
+                        stack.enter_context(mock.patch.object(part, member, Recorder(value)))
         if hasattr(module, "current_target"):
-            module.current_target = lambda device: target  # type: ignore[attr-defined]
+            stack.enter_context(mock.patch.object(module, "current_target", return_value=target))
         getattr(module, launcher or op)(*args)
-    finally:
-        for name, value in replaced.items():
-            setattr(module, name, value)
     return recorded
 
 
@@ -204,6 +205,17 @@ def decode(
     lens = tensor(num_seqs, dtype=torch.int32)
     pages = pages_of(codes or dtype, head_dim)
     return launches("paged_decode", target, query, *pages[:2], tables, lens, 0.1, window, None, *pages[2:])
+
+
+def cascade(
+    dtype: torch.dtype, head_dim: int, num_seqs: int, target: Target, codes: torch.dtype | None = None
+) -> list[Launch]:
+    query = tensor(num_seqs, NUM_HEADS, head_dim, dtype=dtype)
+    tables = tensor(num_seqs, CONTEXT // PAGE, dtype=torch.int32)
+    lens, rows, row_lens = (tensor(num_seqs, dtype=torch.int32) for _ in range(3))
+    groups = PrefixGroups(rows, tensor(5, dtype=torch.int32), tensor(4, dtype=torch.int32), row_lens)
+    pages = pages_of(codes or dtype, head_dim)
+    return launches("cascade_decode", target, query, *pages[:2], tables, lens, groups, 0.1, None, *pages[2:])
 
 
 def prefill(

@@ -36,13 +36,15 @@ DECODE_FAULTS = {
         "scores = scores + 0.0",
     ),
     "the window is one short": ("position >= seq_len - WINDOW", "position > seq_len - WINDOW"),
-    "pieces that nobody wrote are merged": ("used = piece < num_pieces", "used = piece < BLOCK_P"),
-    "a piece is looked for in the wrong slot": ("* 2 + (piece == 0).to(tl.int32)", "* 2"),
+    "pieces that nobody wrote are merged": ("slot, piece < num_pieces,", "slot, piece < BLOCK_P,"),
+    "a piece is looked for in the wrong slot": ("tl.where(piece == 0, sequence,", "tl.where(piece < 0, sequence,"),
     "the last piece is left out": ("last_share - share + 1", "last_share - share"),
     "earlier tiles are not scaled down": ("acc * decay[:, None]", "acc"),
-    "pieces are merged with equal weight": ("tl.exp2(lse - new_highest)", "tl.exp2(lse * 0.0)"),
     "a piece stops a tile early": ("in range(begin, end):", "in range(begin, tl.maximum(end - 1, begin + 1)):"),
-    "a piece counts as a whole sequence": ("if piece_end - piece_begin == num_tiles:", "if num_tiles > 0:"),
+    "a piece counts as a whole sequence": (
+        "is_whole = piece_end - piece_begin == num_tiles",
+        "is_whole = num_tiles > 0",
+    ),
     "a page is off by one slot": ("(position % BLOCK_SIZE)", "((position + 1) % BLOCK_SIZE)"),
 }
 PREFILL_FAULTS = {

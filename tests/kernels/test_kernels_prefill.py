@@ -35,7 +35,7 @@ def test_equals_float64(shape: Shape, dtype: torch.dtype, triton_device: torch.d
 
 def with_tiles(problem: Problem, block_m: int = 16, block_n: int = 16) -> dict[str, object]:
     """Options of run_prefill for small tiles, so that short sequences have tiles of every kind."""
-    from quire.kernels.paged_prefill.triton import PrefillParameters
+    from quire.kernels.paged_prefill.parameters import PrefillParameters
 
     shape = problem.shape
     block_d = max(16, 1 << (shape.head_dim - 1).bit_length())

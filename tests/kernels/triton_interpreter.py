@@ -28,11 +28,13 @@ from triton.runtime.jit import JITFunction
 
 KERNEL_MODULES = (
     "quire.kernels.triton_probability",
-    "quire.kernels.paged_decode.triton_shares",
+    "quire.kernels.triton_shares",
+    "quire.kernels.paged_prefill.triton_tiles",
+    "quire.kernels.paged_prefill.triton_pieces",
     *(
         f"quire.kernels.{op}.triton"
         for op in (
-            *("rms_norm", "rope", "kv_write", "rope_kv_write", "paged_decode", "paged_prefill"),
+            *("rms_norm", "rope", "kv_write", "rope_kv_write", "paged_decode", "paged_prefill", "cascade_decode"),
             *("gated_activation", "fp8_linear", "argmax", "sample", "token_bitmask", "log_probs"),
         )
     ),
@@ -179,19 +181,31 @@ def interpreted_kernels() -> Iterator[None]:
         sys.modules.pop(name, None)
 
 
-def load_variant(op: str, directory: Path, replacements: Sequence[tuple[str, str]], file: str = "triton.py") -> Any:
-    """A kernel module of `op` with pieces of its source replaced, interpreted; each piece must be there."""
-    source = Path(str(importlib.import_module(f"quire.kernels.{op}").__file__)).with_name(file).read_text()
-    for old, new in replacements:
+def load_variant(op: str, directory: Path, replacements: Sequence[tuple[str, str]]) -> Any:
+    """The kernel module of `op` with pieces of its source replaced, interpreted; each piece must be there."""
+    return load_variant_of(f"quire.kernels.{op}.triton", directory, replacements)
+
+
+def load_variant_of(
+    name: str, directory: Path, replacements: Sequence[tuple[str, str]], imports: Sequence[Any] = ()
+) -> Any:
+    """As load_variant, of any module; it imports from variants of others in place of what they are variants of."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ImportError(name)
+    source = Path(spec.origin).read_text()
+    moved = [(f"from {module.VARIANT_OF} import", f"from {module.__name__} import") for module in imports]
+    for old, new in (*replacements, *moved):
         if old not in source:
-            raise ValueError(f"{op}/{file} has no {old!r}")
+            raise ValueError(f"{name} has no {old!r}")
         source = source.replace(old, new)
-    path = directory / f"{op}_variant.py"
+    path = directory / f"{name.replace('.', '_')}_variant.py"
     path.write_text(source)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ImportError(str(path))
     module = importlib.util.module_from_spec(spec)
+    module.VARIANT_OF = name  # type: ignore[attr-defined]
     sys.modules[path.stem] = module
     with _environment():
         spec.loader.exec_module(module)
