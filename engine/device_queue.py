@@ -26,6 +26,8 @@ class DeviceQueue(Protocol):
 class Done:
     """Of a device that has computed as soon as it was asked."""
 
+    __slots__ = ("_tensors",)
+
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self._tensors = tensors
 

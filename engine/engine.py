@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from quire.config import EngineConfig, SchedulerConfig
+from quire.engine.cuda_runner import CudaGraphs, CudaRunner
 from quire.engine.device import (
     choose_device,
     choose_dtype,
@@ -109,7 +110,7 @@ class Engine:
         )
         costs = CascadeCosts.of(model_config, kv_dtype, device)
         self._inputs = InputBuilder(step_budget, max_num_seqs, budget.max_model_len, config.block_size, device, costs)
-        self._runner = ModelRunner(self._model, self._kv.layers, self._inputs.memory)
+        self._runner = self._make_runner(config, device, max_num_seqs, budget.max_model_len)
         self._grammars = GrammarFactory(directory, model_config.vocab_size, model_config.eos_token_ids)
         self._sampler = Sampler(max_num_seqs, self._grammars)
         prompt_log_probs = PromptLogProbs(self._kv.log_probs, max_num_seqs, model_config.vocab_size, self._model.logits)
@@ -164,8 +165,23 @@ class Engine:
         progress("kernels", 0, 1)
         with torch.inference_mode():
             warm_up(self._model, self._kv, device)
-            self._runner.record()
+            if isinstance(self._runner, ModelRunner):
+                self._runner.record()
         progress("kernels", 1, 1)
+
+    def _make_runner(
+        self, config: EngineConfig, device: torch.device, max_num_seqs: int, max_model_len: int
+    ) -> ModelRunner | CudaRunner:
+        if device.type == "cpu":
+            return ModelRunner(self._model, self._kv.layers, self._inputs.memory)
+        return CudaRunner(
+            self._model,
+            self._kv.layers,
+            device,
+            max_num_seqs=max_num_seqs,
+            max_num_blocks=-(-max_model_len // config.block_size),
+            capture=None if config.enforce_eager else CudaGraphs().capture,
+        )
 
     @torch.inference_mode()
     def step(self) -> StepOutputs:

@@ -55,7 +55,7 @@ class StepMemory:
 
 
 class InputBuilder:
-    """Keeps all rows' block tables, [max_num_seqs, max_num_blocks] int32, and changes only what a step changed.
+    """On the host. Keeps all rows' block tables, [max_num_seqs, max_num_blocks] int32, and changes what a step did.
 
     Hidden states are wanted of the tokens that sample, in their order, and then of those whose logits score a prompt:
     `prompt_log_probs.scored_chunks` has theirs.
@@ -78,7 +78,6 @@ class InputBuilder:
         costs: CascadeCosts | None = None,
     ) -> None:
         self._block_size = block_size
-        self._device = device
         self._block_tables: Int32Array = np.zeros((max_num_seqs, -(-max_model_len // block_size)), np.int32)
         max_num_blocks = self._block_tables.shape[1]
         self.memory = StepMemory(max_num_tokens, max_num_seqs, max_num_blocks) if device.type == "cpu" else None
@@ -121,12 +120,10 @@ class InputBuilder:
         inputs = memory.batch(num_decodes, num_prefills, num_tokens, len(logits_indices))
         inputs.max_query_len = int(counts[num_decodes:].max(initial=0))
         inputs.max_seq_len = max_seq_len
-        if self.memory is not None:
-            return inputs
-        if self._prefix_groups is not None:
+        if self.memory is None and self._prefix_groups is not None:
             tables, lens = memory.block_tables[:num_decodes], memory.seq_lens[:num_decodes]
             inputs.prefix_groups = self._prefix_groups.find(tables, lens)
-        return inputs.to(self._device)
+        return inputs
 
     def _build_decodes(self, batch: ScheduledBatch, memory: StepMemory) -> ForwardBatch:
         """Each sequence computes its last token and samples the next one."""

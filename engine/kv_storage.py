@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
+from quire.engine.host_values import to_device
 from quire.engine.log_prob_pages import LogProbPages
 from quire.engine.zeroed_memory import zeroed
 from quire.kernels.quantization import LARGEST_CODE
@@ -59,7 +61,7 @@ class KVStorage:
         if not copies:
             return
         sources, targets = zip(*copies, strict=True)
-        index = torch.tensor([sources, targets], device=self._parts[0].device)
+        index = to_device(np.array([sources, targets], np.int64), self._parts[0].device)
         for part in self._parts:
             part[:, :, index[1]] = part[:, :, index[0]]
         self.log_probs.copy_blocks(copies)

@@ -10,36 +10,39 @@ from quire.models.forward_batch import ForwardBatch
 from quire.scheduler.output import UNKNOWN_TOKEN, ScheduledBatch
 
 
-class StepTokens:
-    """Rows of `LastTokens` where one step takes its unknown tokens from, and where it leaves those that it samples."""
-
-    __slots__ = ("num_sampled", "read_rows", "written_rows")
-
-    def __init__(self, batch: ScheduledBatch, device: torch.device) -> None:
-        sequences = batch.sequences
-        decodes = sequences[: batch.num_decodes]
-        self.read_rows: torch.Tensor | None = None
-        """[num_decodes] int64; None if all tokens are known."""
-        if any(sequence.token_ids[-1] == UNKNOWN_TOKEN for sequence in decodes):
-            self.read_rows = to_device(np.array([sequence.row for sequence in decodes], np.int64), device)
-        self.num_sampled = len(batch.sampling) - len(batch.drafts)
-        """Who has drafts is not scheduled ahead."""
-        written = [sequences[index].row for index in batch.sampling[: self.num_sampled]]
-        self.written_rows = to_device(np.array(written, np.int64), device)
-
-
 class LastTokens:
     """[max_num_seqs] int64 on the device, by row."""
 
     def __init__(self, max_num_seqs: int, device: torch.device) -> None:
-        self._tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self.by_row = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
 
-    def fill(self, inputs: ForwardBatch, step: StepTokens) -> None:
+    def of_step(self, batch: ScheduledBatch) -> StepTokens:
+        return StepTokens(self.by_row, batch)
+
+
+class StepTokens:
+    """Where one step takes its unknown tokens from, and where it leaves those that it samples."""
+
+    __slots__ = ("_by_row", "_num_written", "_read_rows", "_written_rows")
+
+    def __init__(self, by_row: torch.Tensor, batch: ScheduledBatch) -> None:
+        self._by_row = by_row
+        sequences, device = batch.sequences, by_row.device
+        decodes = sequences[: batch.num_decodes]
+        self._read_rows: torch.Tensor | None = None
+        """[num_decodes] int64; None if all tokens are known."""
+        if any(sequence.token_ids[-1] == UNKNOWN_TOKEN for sequence in decodes):
+            self._read_rows = to_device(np.array([sequence.row for sequence in decodes], np.int64), device)
+        self._num_written = len(batch.sampling) - len(batch.drafts)  # who has drafts is not scheduled ahead
+        written = [sequences[index].row for index in batch.sampling[: self._num_written]]
+        self._written_rows = to_device(np.array(written, np.int64), device)
+
+    def fill(self, inputs: ForwardBatch) -> None:
         """Put the tokens where `inputs` has an `UNKNOWN_TOKEN`, in place. A row that failed has none: any will do."""
-        if step.read_rows is not None:
-            token_ids = inputs.token_ids[: len(step.read_rows)]
-            torch.where(token_ids < 0, self._tokens[step.read_rows].clamp_(min=0), token_ids, out=token_ids)
+        if self._read_rows is not None:
+            token_ids = inputs.token_ids[: len(self._read_rows)]
+            torch.where(token_ids < 0, self._by_row[self._read_rows].clamp_(min=0), token_ids, out=token_ids)
 
-    def store(self, token_ids: torch.Tensor, step: StepTokens) -> None:
+    def store(self, token_ids: torch.Tensor) -> None:
         """token_ids: [R] int64, in the order of the batch's rows of logits."""
-        self._tokens[step.written_rows] = token_ids[: step.num_sampled]
+        self._by_row[self._written_rows] = token_ids[: self._num_written]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from quire.config import ConfigError, EngineConfig, Quantization
+from quire.engine.cuda_runner import GRAPH_BYTES, graph_sizes
 from quire.engine.device import choose_kv_cache_dtype, dtype_name
 from quire.engine.kv_storage import bytes_per_block
 from quire.engine.log_prob_pages import log_prob_bytes_per_block
@@ -47,7 +48,8 @@ def plan_memory(
     block_bytes = kv_bytes + (log_prob_bytes if device.type == "cpu" else 0)  # they are on the host
     wanted_len = config.max_model_len or model_config.max_position_embeddings
     activations = activation_bytes(config, model_config, dtype, max_num_seqs, step_budget)
-    free = free_memory_bytes(device, config.gpu_memory_utilization) - activations
+    graphs = 0 if device.type == "cpu" or config.enforce_eager else graph_bytes(model_config, dtype, max_num_seqs)
+    free = free_memory_bytes(device, config.gpu_memory_utilization) - activations - graphs
     num_blocks = _number_of_blocks(config, block_bytes, free, max_num_seqs, wanted_len)
     pool_tokens = (num_blocks - 1) * config.block_size
     if pool_tokens < config.block_size and config.kv_cache_memory_bytes is not None:
@@ -69,6 +71,7 @@ def plan_memory(
     lines = [
         f"weights      {_mib(weight_bytes):>12}  {_weight_kind(quantization, dtype)} on {device.type}",
         f"activations  {_mib(activations):>12}  {step_budget} tokens a step, {max_num_seqs} requests",
+        *([f"graphs       {_mib(graphs):>12}  of decodes, as they come; --enforce-eager: none"] if graphs else []),
         f"KV-cache     {_mib(num_blocks * kv_bytes):>12}  {num_blocks - 1} blocks of {config.block_size} = "
         f"{pool_tokens} tokens, {dtype_name(kv_dtype)}",
         f"log-probs    {_mib(num_blocks * log_prob_bytes):>12}  of scored prompts, at most; host memory",
@@ -112,11 +115,23 @@ def activation_bytes(
     """Upper estimate of what a step holds beside weights and pages: a layer's inputs and outputs, and the logits, of
     rows that sample and of prompts that are scored.
     """
-    heads = (model_config.num_heads + 2 * model_config.num_kv_heads) * model_config.head_dim
-    per_token = 4 * model_config.hidden_size + 2 * heads + 3 * model_config.intermediate_size
     logits = 4 * 4 * config.speculative_config.num_logits_rows(max_num_seqs) * model_config.vocab_size
     scored = 2 * min(MAX_LOGITS_BYTES, 4 * step_budget * model_config.vocab_size)
-    return step_budget * per_token * dtype.itemsize + logits + scored
+    return step_budget * layer_bytes_per_token(model_config, dtype) + logits + scored
+
+
+def layer_bytes_per_token(model_config: ModelConfig, dtype: torch.dtype) -> int:
+    heads = (model_config.num_heads + 2 * model_config.num_kv_heads) * model_config.head_dim
+    per_token = 4 * model_config.hidden_size + 2 * heads + 3 * model_config.intermediate_size
+    return per_token * dtype.itemsize
+
+
+def graph_bytes(model_config: ModelConfig, dtype: torch.dtype, max_num_seqs: int) -> int:
+    """Upper estimate of what the graphs of all batch sizes hold: each itself and the hidden states that it leaves, all
+    together what one of them computes in."""
+    sizes = graph_sizes(max_num_seqs)
+    outputs = sum(sizes) * model_config.hidden_size * dtype.itemsize
+    return len(sizes) * GRAPH_BYTES + outputs + sizes[-1] * layer_bytes_per_token(model_config, dtype)
 
 
 def free_memory_bytes(device: torch.device, utilization: float) -> int:

@@ -1,4 +1,4 @@
-"""Runs the model on a step's inputs: recorded kernels for decodes on a CPU, else the model itself."""
+"""Runs the model on a CPU on a step's inputs: recorded kernels, or else the model itself."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class ModelOutput:
 
 
 class ModelRunner:
-    """On a CPU a step is a replay: one recording for steps that only decode, one for all others.
+    """A step is a replay: one recording for steps that only decode, one for all others.
 
     They read their inputs where those were when they were made.
 
     Args:
-        memory: where `InputBuilder` puts the inputs of a CPU's steps; None on other devices.
+        memory: where `InputBuilder` puts the inputs of steps; None if nothing is to be recorded.
     """
 
     def __init__(self, model: Model, kv_caches: list[KVCache], memory: StepMemory | None) -> None:
@@ -46,6 +46,10 @@ class ModelRunner:
         self._arena = Arena()
         self._decodes: SizedRecording | None = None
         self._mixed: SizedRecording | None = None
+
+    def place(self, inputs: ForwardBatch) -> ForwardBatch:
+        """On a CPU inputs are where they are read."""
+        return inputs
 
     def run(self, inputs: ForwardBatch, num_sampled: int) -> ModelOutput:
         """Compute a step."""

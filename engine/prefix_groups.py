@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from quire.engine import host_values
 from quire.kernels.cascade_decode import PrefixGroups
 from quire.models.config import ModelConfig
 
@@ -167,5 +168,5 @@ def to_device(groups: list[Group], num_rows: int, block_size: int, device: torch
         row_prefix_lens[group.rows] = lens[-1]
     rows += np.flatnonzero(row_prefix_lens == 0).tolist()
     numbers = np.array([*rows, *starts, num_rows, *lens, 0], np.int32)
-    packed = torch.from_numpy(np.concatenate((numbers, row_prefix_lens))).to(device, non_blocking=True)
+    packed = host_values.to_device(np.concatenate((numbers, row_prefix_lens)), device)
     return PrefixGroups(*packed.split((num_rows, len(starts) + 1, len(lens) + 1, num_rows)))

@@ -147,8 +147,6 @@ class PromptLogProbs:
 
         A prompt with logits that were not finite fails: it loses its sampled token, or candidates.
         """
-        if not chunks:
-            return
         if computed:
             log_prob, top_ids, top_log_probs, finite = computed
             entries = LogProbEntries(log_prob.numpy(), top_ids.int().numpy(), top_log_probs.numpy())

@@ -7,7 +7,7 @@ breaks ties or on which options the neighbours use. Tokens that tie with the las
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -74,7 +74,8 @@ class SamplePlan:
     rows: StepRows | None
     """None: every row takes its most probable token, and nothing else is asked for."""
     vocab_size: int = 0
-    grammars: GrammarStep = field(default_factory=GrammarStep)
+    grammar_failures: dict[int, ErrorCode] | None = None
+    """By index of the row."""
 
 
 class Sampler:
@@ -107,7 +108,8 @@ class Sampler:
         if rows is None:
             return [argmax(logits) if best is None else best] if len(logits) else []
         raw = RawLogits(logits, rows)
-        finite, plan.grammars = self._adjust(logits, rows)
+        finite, grammars = self._adjust(logits, rows)
+        plan.grammar_failures = grammars.failures
         token_ids = torch.where(finite, sample(logits, rows.options), -1)
         return [token_ids, finite, *raw.of_chosen(token_ids), *best_of_beams(logits, raw, rows.beams)]
 
@@ -124,7 +126,7 @@ class Sampler:
             _tokens(packed),
             read_chosen(rows.scored, packed, parts),
             read_candidates(rows.beams, packed, plan.vocab_size, parts),
-            failures(packed, finite, rows.adjusted, plan.grammars),
+            failures(packed, finite, rows.adjusted, plan.grammar_failures or {}),
         )
 
     def _adjust(self, logits: torch.Tensor, rows: StepRows) -> tuple[torch.Tensor, GrammarStep]:
@@ -152,11 +154,11 @@ def _tokens(packed: list[int]) -> list[int | None]:
 
 
 def failures(
-    token_ids: list[int], finite: torch.Tensor, rows: list[SampleRow], grammars: GrammarStep
+    token_ids: list[int], finite: torch.Tensor, rows: list[SampleRow], grammar_failures: dict[int, ErrorCode]
 ) -> dict[int, ErrorCode]:
     """Why adjusted rows have no token though their logits were finite."""
     failed = [row.index for row in rows if token_ids[row.index] < 0]
     if not failed:
         return {}
     were_finite: list[bool] = finite.tolist()
-    return {index: grammars.failures.get(index, "no_token_allowed") for index in failed if were_finite[index]}
+    return {index: grammar_failures.get(index, "no_token_allowed") for index in failed if were_finite[index]}

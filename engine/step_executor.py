@@ -4,20 +4,32 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from quire.engine.device_queue import DeviceQueue, Pending
 from quire.engine.inputs import InputBuilder
 from quire.engine.kv_storage import KVStorage
-from quire.engine.last_tokens import LastTokens, StepTokens
-from quire.engine.model_runner import ModelRunner
+from quire.engine.last_tokens import LastTokens
+from quire.engine.model_runner import ModelOutput
 from quire.engine.prompt_log_probs import PromptLogProbs, ScoredChunk, num_score_tensors, scored_chunks
 from quire.engine.sampler import SamplePlan, Sampler
+from quire.models.forward_batch import ForwardBatch
 from quire.scheduler.output import SampledTokens, ScheduledBatch
 
 
-@dataclass(frozen=True, slots=True)
+class Runner(Protocol):
+    """The model on its device: `engine.model_runner.ModelRunner` or `engine.cuda_runner.CudaRunner`."""
+
+    def place(self, inputs: ForwardBatch) -> ForwardBatch:
+        """A step's inputs from the host, on the device."""
+        ...
+
+    def run(self, inputs: ForwardBatch, num_sampled: int) -> ModelOutput: ...
+
+
+@dataclass(slots=True)
 class SubmittedStep:
     batch: ScheduledBatch
     plan: SamplePlan
@@ -36,7 +48,7 @@ class StepExecutor:
         self,
         inputs: InputBuilder,
         kv: KVStorage,
-        runner: ModelRunner,
+        runner: Runner,
         sampler: Sampler,
         prompt_log_probs: PromptLogProbs,
         queue: DeviceQueue,
@@ -62,22 +74,21 @@ class StepExecutor:
 
     def submit(self, batch: ScheduledBatch) -> None:
         """Hand a step to the device, which has computed it by the time it is retired."""
-        inputs = self._inputs.build(batch)
+        inputs = self._runner.place(self._inputs.build(batch))
         plan = self._sampler.plan(batch)
         chunks = scored_chunks(batch)
-        last_tokens = self._last_tokens
-        tokens = None if last_tokens is None else StepTokens(batch, inputs.token_ids.device)
+        tokens = None if self._last_tokens is None else self._last_tokens.of_step(batch)
 
         def work() -> list[torch.Tensor]:
-            self._kv.copy_blocks(batch.block_copies)
-            if last_tokens is not None and tokens is not None:
-                last_tokens.fill(inputs, tokens)
+            if batch.block_copies:
+                self._kv.copy_blocks(batch.block_copies)
+            if tokens is not None:
+                tokens.fill(inputs)
             output = self._runner.run(inputs, batch.num_sampled_rows)
-            chosen = self._sampler.choose(output.logits, plan, output.best)
-            scores = self._prompt_log_probs.compute(output.scored, chunks)
-            if last_tokens is not None and tokens is not None and tokens.num_sampled:
-                last_tokens.store(chosen[0], tokens)
-            return scores + chosen
+            tensors = self._sampler.choose(output.logits, plan, output.best)
+            if tokens is not None and tensors:
+                tokens.store(tensors[0])
+            return tensors + self._prompt_log_probs.compute(output.scored, chunks) if chunks else tensors
 
         self._steps.append(SubmittedStep(batch, plan, chunks, self._queue.run(work)))
 
@@ -85,7 +96,9 @@ class StepExecutor:
         """Wait for the oldest step; what was sampled in it."""
         step = self._steps.popleft()
         tensors = step.pending.wait()
-        num_scores = num_score_tensors(step.chunks)
-        sampled = self._sampler.read(step.plan, tensors[num_scores:])
-        self._prompt_log_probs.collect(tensors[:num_scores], step.chunks, step.batch, sampled)
+        if not step.chunks:
+            return step.batch, self._sampler.read(step.plan, tensors)
+        num_chosen = len(tensors) - num_score_tensors(step.chunks)
+        sampled = self._sampler.read(step.plan, tensors[:num_chosen])
+        self._prompt_log_probs.collect(tensors[num_chosen:], step.chunks, step.batch, sampled)
         return step.batch, sampled

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -29,12 +27,3 @@ class ForwardBatch:
     max_query_len: int  # over the sequences that are not decodes; 0 if there is none
     max_seq_len: int
     prefix_groups: PrefixGroups | None = None  # of the decodes, on the device of the step; None: nobody shares enough
-
-    def to(self, device: torch.device) -> ForwardBatch:
-        """The same on another device; nothing waits for the copies. `prefix_groups` are where they are used."""
-        fields: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in fields.items()
-        }
-        return ForwardBatch(**moved)

@@ -155,6 +155,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="schedule the next step while one runs; ends are noticed a step late (default: on a GPU)",
     )
+    scheduler.add_argument("--enforce-eager", action="store_true", help="on a GPU do not replay decodes as CUDA graphs")
     _switch(scheduler, "--enable-chunked-prefill", True, "compute long prompts in chunks")
     scheduler.add_argument(
         "--scheduling-policy", choices=("fcfs", "priority"), default="fcfs", help="(default: %(default)s)"
@@ -261,6 +262,7 @@ def engine_config(flags: argparse.Namespace, model_dir: Path) -> EngineConfig:
         speculative_config=flags.speculative_config,
         num_threads=flags.num_threads,
         async_scheduling=flags.async_scheduling,
+        enforce_eager=flags.enforce_eager,
         max_logprobs=flags.max_logprobs,
     )
 

@@ -161,6 +161,10 @@ def test_flags_reach_the_configuration(tmp_path: Path) -> None:
     config = engine_config(flags, tmp_path)
     assert config.target_itl_ms is None
     assert engine_config(parse("--target-itl-ms", "12.5"), tmp_path).target_itl_ms == 12.5
+    assert (config.async_scheduling, config.enforce_eager) == (None, False)
+    assert engine_config(parse("--async-scheduling", "--enforce-eager"), tmp_path).async_scheduling is True
+    assert engine_config(parse("--no-async-scheduling", "--enforce-eager"), tmp_path).async_scheduling is False
+    assert engine_config(parse("--enforce-eager"), tmp_path).enforce_eager is True
     assert (config.model, config.max_model_len, config.max_num_seqs, config.num_blocks) == (str(tmp_path), 2000, 4, 99)
     assert (config.enable_prefix_caching, config.enable_chunked_prefill) == (False, False)
     assert (config.scheduling_policy, config.dtype, config.device) == ("priority", "float32", "cpu")
