@@ -11,7 +11,10 @@ from quire.config import ConfigError, EngineConfig, Quantization
 from quire.engine.device import choose_kv_cache_dtype, dtype_name
 from quire.engine.kv_storage import bytes_per_block
 from quire.engine.log_prob_pages import log_prob_bytes_per_block
+from quire.engine.prefix_groups import MAX_GROUPS
 from quire.engine.prompt_log_probs import MAX_LOGITS_BYTES
+from quire.kernels.quantization import LARGEST_CODE
+from quire.kernels.targets import current_target
 from quire.models.config import ModelConfig
 
 CPU_SHARE_OF_FREE_MEMORY = 0.5
@@ -47,7 +50,8 @@ def plan_memory(
     block_bytes = kv_bytes + (log_prob_bytes if device.type == "cpu" else 0)  # they are on the host
     wanted_len = config.max_model_len or model_config.max_position_embeddings
     activations = activation_bytes(config, model_config, dtype, max_num_seqs, step_budget)
-    free = free_memory_bytes(device, config.gpu_memory_utilization) - activations
+    pieces = attention_pieces_bytes(model_config, dtype, kv_dtype, device, max_num_seqs, wanted_len)
+    free = free_memory_bytes(device, config.gpu_memory_utilization) - activations - pieces
     num_blocks = _number_of_blocks(config, block_bytes, free, max_num_seqs, wanted_len)
     pool_tokens = (num_blocks - 1) * config.block_size
     if pool_tokens < config.block_size and config.kv_cache_memory_bytes is not None:
@@ -69,6 +73,7 @@ def plan_memory(
     lines = [
         f"weights      {_mib(weight_bytes):>12}  {_weight_kind(quantization, dtype)} on {device.type}",
         f"activations  {_mib(activations):>12}  {step_budget} tokens a step, {max_num_seqs} requests",
+        *([f"attention    {_mib(pieces):>12}  results in pieces, until they are merged"] if pieces else []),
         f"KV-cache     {_mib(num_blocks * kv_bytes):>12}  {num_blocks - 1} blocks of {config.block_size} = "
         f"{pool_tokens} tokens, {dtype_name(kv_dtype)}",
         f"log-probs    {_mib(num_blocks * log_prob_bytes):>12}  of scored prompts, at most; host memory",
@@ -117,6 +122,26 @@ def activation_bytes(
     logits = 4 * 4 * config.speculative_config.num_logits_rows(max_num_seqs) * model_config.vocab_size
     scored = 2 * min(MAX_LOGITS_BYTES, 4 * step_budget * model_config.vocab_size)
     return step_budget * per_token * dtype.itemsize + logits + scored
+
+
+def attention_pieces_bytes(
+    model_config: ModelConfig,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    device: torch.device,
+    max_num_seqs: int,
+    max_model_len: int,
+) -> int:
+    """What a layer's attention holds on a GPU until the pieces of its results are merged, at most: decodes and what
+    they share, and a prefill in pieces. On a CPU that is little, and part of the activations."""
+    if device.type == "cpu":
+        return 0
+    # Triton is not imported for a CPU.
+    from quire.kernels.cascade_decode.parameters import pieces_bytes_at_most
+
+    heads = (dtype, model_config.head_dim, model_config.num_heads, model_config.num_kv_heads)
+    sizes = (max_num_seqs, MAX_GROUPS + 1, max_model_len)
+    return pieces_bytes_at_most(*heads, *sizes, current_target(device), has_codes=kv_dtype in LARGEST_CODE)
 
 
 def free_memory_bytes(device: torch.device, utilization: float) -> int:
