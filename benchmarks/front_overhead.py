@@ -29,16 +29,18 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve()
+OLDEST = "server/http_server.py"
+"""What a checkout must have to be measured."""
 WARM_UP_STEPS = 20
 VOCAB_SIZE = 1024
 PARTS = (
     ("decode the message", "quire.engine.wire", "FrameDecoder", "feed"),
-    ("tokens to text", "quire.engine.output_processor", "OutputProcessor", "process"),
-    ("hand to the stream", "quire.engine.client", "EngineClient", "_deliver"),
-    ("account and metrics", "quire.server.tally", "Tally", "add"),
-    ("event as JSON", "quire.server.completion_run", "Run", "_event"),
+    ("tokens to text, hand out", "quire.engine.client", "EngineClient", "_handle"),
+    ("account, event, framing", "quire.server.sinks", "EventSink", "take_text"),
+    ("send", "quire.server.protocol", "PartWriter", "flush"),
 )
-"""(name, module, class, method): what a timed round takes apart; the rest is tasks, HTTP framing and the socket."""
+"""(name, module, class, method): what a timed round takes apart, as far as the checkout has it; the rest is tasks and
+the event loop."""
 
 
 class PacedEngine:
@@ -82,7 +84,7 @@ class PacedEngine:
         return self._began and bool(self._num_left)
 
     def step(self) -> Any:
-        from quire.scheduler.output import FinishReason, StepOutput, StepOutputs
+        from quire.scheduler.output import FinishReason, StepOutput
 
         now = time.monotonic()
         self._next_step = max(self._next_step + self._period, now)
@@ -90,18 +92,18 @@ class PacedEngine:
         if self._num_steps:
             self.started = []
         self._num_steps += 1
-        outputs = StepOutputs()
+        rows, others = [], []
         for place, (request_id, num_left) in enumerate(list(self._num_left.items())):
             last = num_left == 1
             token_id = 100 + (self._num_steps * 7 + place * 13) % (VOCAB_SIZE - 200)
             if last:
-                outputs.others.append(StepOutput(request_id, 0, [token_id], FinishReason.LENGTH))
+                others.append(StepOutput(request_id, 0, [token_id], FinishReason.LENGTH))
             else:
-                outputs.tokens.append((request_id, 0, token_id, 0))
+                rows.append((request_id, 0, token_id, 0))
             self._num_left[request_id] = num_left - 1
             if last:
                 del self._num_left[request_id]
-        return outputs
+        return as_outputs(rows, others)
 
     def stats(self) -> Any:
         from quire.scheduler.output import SchedulerStats
@@ -113,6 +115,15 @@ class PacedEngine:
 
     def reset_prefix_cache(self) -> None:
         return
+
+
+def as_outputs(rows: list[tuple[str, int, int, int]], others: list[Any]) -> Any:
+    """As the engine of this checkout returns them: before there were rows, an object each."""
+    from quire.scheduler import output
+
+    if hasattr(output, "StepOutputs"):
+        return output.StepOutputs(rows, others)
+    return [*(output.StepOutput(request_id, index, [token_id]) for request_id, index, token_id, _ in rows), *others]
 
 
 def run_engine(args: argparse.Namespace) -> None:
@@ -155,8 +166,10 @@ class Timers:
         self.seconds = {name: 0.0 for name, *_ in PARTS}
         self._inner: list[float] = []
 
-    def wrap(self, name: str, owner: type, method: str) -> None:
-        function: Callable[..., Any] = getattr(owner, method)
+    def wrap(self, name: str, owner: type | None, method: str) -> None:
+        function: Callable[..., Any] | None = getattr(owner, method, None)
+        if function is None:
+            return
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             self._inner.append(0.0)
@@ -233,12 +246,12 @@ async def measure(args: argparse.Namespace, timers: Timers | None) -> dict[str, 
     figures = {"all": (meter.last - meter.first) / num_tokens * 1e6}
     if timers is not None:
         parts = {name: seconds / num_tokens * 1e6 for name, seconds in timers.seconds.items()}
-        figures |= parts | {"tasks, HTTP framing, socket": figures["all"] - sum(parts.values())}
+        figures |= parts | {"tasks, event loop": figures["all"] - sum(parts.values())}
     return figures
 
 
 def run_front(args: argparse.Namespace) -> None:
-    import importlib
+    import importlib.util
 
     from quire.server.cli import _loop_factory
 
@@ -246,7 +259,8 @@ def run_front(args: argparse.Namespace) -> None:
     if args.timed:
         timers = Timers()
         for name, module, owner, method in PARTS:
-            timers.wrap(name, getattr(importlib.import_module(module), owner), method)
+            if importlib.util.find_spec(module):
+                timers.wrap(name, getattr(importlib.import_module(module), owner, None), method)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         print(json.dumps(runner.run(measure(args, timers))))
 
@@ -262,6 +276,8 @@ def front_figures(args: argparse.Namespace, root: Path, *, timed: bool = False) 
 
 def compare(args: argparse.Namespace) -> None:
     roots = [HERE.parent.parent, *([args.against.resolve()] if args.against else [])]
+    if old := [str(root) for root in roots if not (root / OLDEST).exists()]:
+        sys.exit(f"{', '.join(old)}: too old to be measured, or no checkout; there is no {OLDEST}")
     totals: dict[Path, list[float]] = {root: [] for root in roots}
     for _ in range(args.rounds):
         for root in roots:

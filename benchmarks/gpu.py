@@ -144,7 +144,7 @@ def run_parity(report: Report, scale: Scale, device: torch.device) -> None:
 def all_cases(scale: Scale, device: torch.device) -> Iterator[Case]:
     """One after another, so that only one case's inputs exist at a time."""
     attention = (gpu_cases.decode_cases, gpu_cascade.cascade_cases, gpu_cases.prefill_cases)
-    for make in (*attention, gpu_cascade.short_chunk_cases, gpu_cases.small_cases):
+    for make in (*attention, gpu_cases.codes_cases, gpu_cascade.short_chunk_cases, gpu_cases.small_cases):
         yield from make(scale, device)
 
 

@@ -150,8 +150,8 @@ class EngineClient:
 
         Args:
             request_id: the caller's name for it, for logs only: it need not be unique.
-            sink: is called with a step's deltas while the caller waits for the next list; those that it takes are not
-                yielded. It is not to wait, nor to close the generator.
+            sink: is offered what a step brings while the caller waits for the next list; what it takes is not yielded.
+                It is not to wait, nor to close the generator.
 
         Raises:
             RequestRejected: before the first list: it can never run here.
@@ -175,7 +175,7 @@ class EngineClient:
             self._last_progress = time.monotonic()
         queue = DeltaQueue(sink)
         self._open[internal_id] = _OpenRequest(request_id, queue, comes_late(params))
-        self._processor.add(internal_id, prompt_token_ids, params)
+        self._processor.add(internal_id, prompt_token_ids, params, queue)
         sent = False
         try:
             self._send_add(add)
@@ -267,7 +267,7 @@ class EngineClient:
                         request.started_at = began
                         if request.comes_late:
                             request.queue.put([])
-                step = self._processor.process(outputs)
+                step = self._processor.process_step(outputs)
                 for internal_id, choice_index in step.aborts:
                     self._connection.send(Abort(request_id=internal_id, choice_index=choice_index))
                 for internal_id, deltas in step.deltas.items():

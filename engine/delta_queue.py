@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from typing import Protocol
 
 from quire.engine.text_delta import TextDelta, merge
 
@@ -14,8 +14,21 @@ _LOG_PROB_BYTES = 32
 _MERGE_LENGTH = 64
 
 
-Sink = Callable[[list[TextDelta]], bool]
-"""Offered what a step brought; True: it has taken it, False: the reader is to have it."""
+class Sink(Protocol):
+    """Takes what a step brought in place of a reader that waits. False: it has not, the reader is to have it."""
+
+    reader_waits: bool
+    """Set by the queue: the reader has taken all that came before and waits. Nothing is offered otherwise."""
+
+    def take(self, deltas: list[TextDelta]) -> bool: ...
+
+    def take_text(self, text: str, token_id: int, num_output_tokens: int, now: float) -> bool:
+        """The same for a token of the request's only choice that brought text, perhaps none yet, and nothing else.
+
+        Args:
+            num_output_tokens: of the choice, this token included.
+            now: seconds of time.monotonic().
+        """
 
 
 class ReaderTooSlowError(Exception):
@@ -41,13 +54,13 @@ class DeltaQueue:
         "_num_bytes",
         "_num_steps",
         "_pending",
-        "_reader_is_idle",
-        "_sink",
+        "sink",
     )
 
     def __init__(self, sink: Sink | None = None) -> None:
-        self._sink = sink
-        self._reader_is_idle = False
+        self.sink = sink
+        if sink is not None:
+            sink.reader_waits = False
         self._pending: list[TextDelta] = []
         self._num_bytes = 0
         self._num_steps = 0
@@ -61,9 +74,9 @@ class DeltaQueue:
 
         One step may bring any amount, as the end of a beam search does, if nothing was left untaken before it.
         """
-        if self._reader_is_idle and self._sink is not None:
+        if self.sink is not None and self.sink.reader_waits:
             try:
-                if self._sink(deltas):
+                if self.sink.take(deltas):
                     return True
             except Exception as error:
                 self.fail(error)
@@ -90,7 +103,8 @@ class DeltaQueue:
         self._wake_reader()
 
     def _wake_reader(self) -> None:
-        self._reader_is_idle = False
+        if self.sink is not None:
+            self.sink.reader_waits = False
         self._changed.set()
 
     async def get(self) -> list[TextDelta] | None:
@@ -99,11 +113,13 @@ class DeltaQueue:
         Raises:
             Exception: the one given to `fail`.
         """
-        self._reader_is_idle = not self._changed.is_set()
+        if self.sink is not None:
+            self.sink.reader_waits = not self._changed.is_set()
         try:
             await self._changed.wait()
         finally:
-            self._reader_is_idle = False
+            if self.sink is not None:
+                self.sink.reader_waits = False
         if self._error is not None:
             raise self._error
         deltas = self._pending if self._num_steps == 1 else merge(self._pending)

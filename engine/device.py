@@ -137,5 +137,11 @@ def choose_prompt_budget(config: EngineConfig, device: torch.device) -> int | No
     return CPU_TOKENS_PER_THREAD // 2 * torch.get_num_threads()
 
 
+def schedules_ahead(config: EngineConfig, device: torch.device) -> bool:
+    """Whether the next step is scheduled while one runs: on a GPU, which would be idle meanwhile, unless the
+    configuration says."""
+    return device.type != "cpu" if config.async_scheduling is None else config.async_scheduling
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

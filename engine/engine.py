@@ -21,16 +21,20 @@ from quire.engine.device import (
     choose_step_budget,
     dtype_name,
     keeps_fp8_weights,
+    schedules_ahead,
 )
+from quire.engine.device_queue import CudaQueue, HostQueue
 from quire.engine.grammar.factory import GrammarFactory
 from quire.engine.inputs import InputBuilder
 from quire.engine.kv_storage import KVStorage
+from quire.engine.last_tokens import LastTokens
 from quire.engine.memory import plan_memory
 from quire.engine.messages import EngineInfo
 from quire.engine.model_runner import ModelRunner
 from quire.engine.prefix_groups import CascadeCosts
 from quire.engine.prompt_log_probs import PromptLogProbs
 from quire.engine.sampler import Sampler
+from quire.engine.step_executor import StepExecutor
 from quire.engine.step_time import StepPacer
 from quire.engine.stop_texts import StopTextsFactory
 from quire.engine.warm_up import load_cpu_kernels, warm_up
@@ -108,7 +112,17 @@ class Engine:
         self._runner = ModelRunner(self._model, self._kv.layers, self._inputs.memory)
         self._grammars = GrammarFactory(directory, model_config.vocab_size, model_config.eos_token_ids)
         self._sampler = Sampler(max_num_seqs, self._grammars)
-        self._prompt_log_probs = PromptLogProbs(self._kv.log_probs, max_num_seqs, model_config.vocab_size)
+        prompt_log_probs = PromptLogProbs(self._kv.log_probs, max_num_seqs, model_config.vocab_size, self._model.logits)
+        runs_ahead = schedules_ahead(config, device)
+        self._executor = StepExecutor(
+            self._inputs,
+            self._kv,
+            self._runner,
+            self._sampler,
+            prompt_log_probs,
+            HostQueue(keep=runs_ahead) if device.type == "cpu" else CudaQueue(),
+            LastTokens(max_num_seqs, device) if runs_ahead else None,
+        )
         self._stop_texts = StopTextsFactory(directory)
         self._scheduler = Scheduler(
             SchedulerConfig(
@@ -129,7 +143,7 @@ class Engine:
         target = config.target_itl_ms
         self._pacer = None if target is None else StepPacer(target / 1000, step_budget)
         self.started: list[str] = []
-        """Ids of the requests that the last step scheduled for the first time."""
+        """Ids of the requests that the last call of `step` scheduled for the first time."""
         self.info = EngineInfo(
             architecture=model_config.architecture,
             vocab_size=model_config.vocab_size,
@@ -155,20 +169,21 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> StepOutputs:
-        """Compute one batch; what it brought to each request, empty when there is nothing to do."""
-        started = time.perf_counter()
-        batch = self._scheduler.schedule()
-        self.started = [] if batch is None else batch.started
-        if batch is None:
+        """Compute one batch; what it brought to each request, empty when there is nothing to do.
+
+        Scheduling ahead, the next one is submitted before: it is in flight when this returns.
+        """
+        started, executor, scheduler = time.perf_counter(), self._executor, self._scheduler
+        self.started = []
+        while executor.has_room and (batch := scheduler.schedule()) is not None:
+            self.started += batch.started
+            executor.submit(batch)
+        if executor.is_idle:
             return StepOutputs()
-        inputs = self._inputs.build(batch)
-        self._kv.copy_blocks(batch.block_copies)
-        output = self._runner.run(inputs, batch.num_sampled_rows)
-        sampled = self._sampler.sample(output.logits, batch, output.best)
-        self._prompt_log_probs.collect(output.scored, batch, sampled, self._model.logits)
-        outputs = self._scheduler.update(batch, sampled)
+        batch, sampled = executor.retire()
+        outputs = scheduler.update(batch, sampled)
         if self._pacer is not None:
-            self._scheduler.prompts.max_num_tokens = self._pacer.observe(batch, time.perf_counter() - started)
+            scheduler.prompts.max_num_tokens = self._pacer.observe(batch, time.perf_counter() - started)
         return outputs
 
     def add(self, request: Request) -> None:
@@ -206,7 +221,7 @@ class Engine:
         self._scheduler.abort(request_id, choice_index)
 
     def has_work(self) -> bool:
-        return self._scheduler.has_work()
+        return self._scheduler.has_work() or not self._executor.is_idle
 
     def stats(self) -> SchedulerStats:
         return self._scheduler.stats()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -10,23 +11,22 @@ from quire.kernels.log_probs import log_probs
 from quire.scheduler.output import MIN_LOG_PROB, TokenLogProbs
 
 
-def token_log_probs(logits: torch.Tensor, token_ids: list[int], num_top: list[int]) -> list[TokenLogProbs]:
-    """Of one token in each row, and of as many of the row's best as `num_top` says.
+def token_log_probs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> list[torch.Tensor]:
+    """Of one token in each row, and of the row's `num_top` best: what `read_log_probs` takes.
 
     Args:
         logits: [M, V] float32, as the model made them; rows may be the same (of stride 0).
-        token_ids: M, each in the vocabulary.
-        num_top: M.
+        token_ids: [M] int64, each in the vocabulary.
     """
-    if not token_ids:
-        return []
-    most = min(max(num_top), logits.shape[-1])
-    chosen, top_token_ids, top = log_probs(logits, torch.tensor(token_ids, device=logits.device), most)
+    return list(log_probs(logits, token_ids, min(num_top, logits.shape[-1])))
+
+
+def read_log_probs(token_ids: list[int], num_top: list[int], tensors: Iterator[torch.Tensor]) -> list[TokenLogProbs]:
+    """Of M tokens, and of as many of each row's best as `num_top` says; takes three of the tensors."""
+    chosen, top_token_ids, top = (next(tensors).tolist() for _ in range(3))
     return [
         TokenLogProbs(token_id, bounded(log_prob), ids[:count], [bounded(value) for value in values[:count]])
-        for token_id, log_prob, ids, values, count in zip(
-            token_ids, chosen.tolist(), top_token_ids.tolist(), top.tolist(), num_top, strict=True
-        )
+        for token_id, log_prob, ids, values, count in zip(token_ids, chosen, top_token_ids, top, num_top, strict=True)
     ]
 
 

@@ -13,7 +13,6 @@ from quire.engine.kv_storage import bytes_per_block
 from quire.engine.log_prob_pages import log_prob_bytes_per_block
 from quire.engine.prefix_groups import MAX_GROUPS
 from quire.engine.prompt_log_probs import MAX_LOGITS_BYTES
-from quire.kernels.quantization import LARGEST_CODE
 from quire.kernels.targets import current_target
 from quire.models.config import ModelConfig
 
@@ -141,7 +140,7 @@ def attention_pieces_bytes(
 
     heads = (dtype, model_config.head_dim, model_config.num_heads, model_config.num_kv_heads)
     sizes = (max_num_seqs, MAX_GROUPS + 1, max_model_len)
-    return pieces_bytes_at_most(*heads, *sizes, current_target(device), has_codes=kv_dtype in LARGEST_CODE)
+    return pieces_bytes_at_most(*heads, *sizes, current_target(device), kv_dtype)
 
 
 def free_memory_bytes(device: torch.device, utilization: float) -> int:

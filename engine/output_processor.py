@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from quire.engine.best_of import BestOf, ranks_choices
 from quire.engine.detokenizer import DetokenizerFactory, IncrementalDetokenizer, StopMatcher, StopStrings
 from quire.engine.text_delta import TextDelta
 from quire.engine.tokenizer import Tokenizer
 from quire.sampling_params import SamplingParams
-from quire.scheduler.output import FinishReason, StepOutput, TokenLogProbs
+from quire.scheduler.output import FinishReason, StepOutput, StepOutputs, TokenLogProbs, TokenRow
+
+if TYPE_CHECKING:
+    from quire.engine.delta_queue import DeltaQueue, Sink
 
 
 @dataclass(slots=True)
@@ -32,20 +37,67 @@ class OutputProcessor:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._detokenizers = DetokenizerFactory(tokenizer)
         self._requests: dict[str, RequestState] = {}
+        self._plain: dict[str, ChoiceState] = {}
+        """The choices of those requests that have a sink and of which a TokenRow tells text alone: these take a short
+        way, on which as few objects are touched as can be."""
 
     def __len__(self) -> int:
         return len(self._requests)
 
-    def add(self, request_id: str, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        self._requests[request_id] = RequestState(self._detokenizers, prompt_token_ids, params)
+    def add(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        queue: DeltaQueue | None = None,
+    ) -> None:
+        """queue: what the request's deltas are put into; `process_step` may hand text to its sink by itself."""
+        request = self._requests[request_id] = RequestState(self._detokenizers, prompt_token_ids, params)
+        if queue is not None and queue.sink is not None and (choice := request.plain_choice(params)):
+            choice.queue, choice.sink = queue, queue.sink
+            self._plain[request_id] = choice
 
     def remove(self, request_id: str) -> None:
         """Forget a request; an unknown id is a no-op. Outputs still on their way for it are dropped."""
         self._requests.pop(request_id, None)
+        self._plain.pop(request_id, None)
+
+    def process_step(self, outputs: StepOutputs) -> ProcessedStep:
+        """As `process`, but tokens that a queue's sink takes are not among the deltas."""
+        step = ProcessedStep()
+        rows = self._hand_on(outputs.tokens, step.deltas)
+        self._advance(StepOutputs(rows, outputs.others), step)
+        return step
+
+    def _hand_on(self, rows: list[TokenRow], deltas: dict[str, list[TextDelta]]) -> list[TokenRow]:
+        """Offer plain text to its queue, else add it to `deltas`; the rows that may tell more than text are left."""
+        others: list[TokenRow] = []
+        plain, now = self._plain, time.monotonic()
+        for row in rows:
+            request_id, _, token_id, num_cached_tokens = row
+            choice = plain.get(request_id)
+            if choice is None or (sink := choice.sink) is None or not sink.reader_waits:
+                others.append(row)
+                continue
+            text = choice.detokenizer.push(token_id)
+            choice.num_output_tokens = num_output_tokens = choice.num_output_tokens + 1
+            try:
+                taken = sink.take_text(text, token_id, num_output_tokens, now)
+            except Exception as error:
+                choice.fail(error)
+            else:
+                if not taken:
+                    delta = TextDelta(0, text, [token_id], None, None, num_cached_tokens, num_output_tokens)
+                    deltas[request_id] = [delta]
+        return others
 
     def process(self, outputs: Iterable[StepOutput]) -> ProcessedStep:
         """Turn one step's outputs into text. What concerns no open request or an ended choice is dropped."""
         step = ProcessedStep()
+        self._advance(outputs, step)
+        return step
+
+    def _advance(self, outputs: Iterable[StepOutput], step: ProcessedStep) -> None:
         for output in outputs:
             request = self._requests.get(output.request_id)
             choice = None if request is None else request.choices.get(output.choice_index)
@@ -64,9 +116,8 @@ class OutputProcessor:
             if output.finish_reason is None and not (request.searches_beams and request.choices):
                 step.aborts.append((output.request_id, None if request.searches_beams else output.choice_index))
             if not request.choices:
-                del self._requests[output.request_id]
+                self.remove(output.request_id)
                 step.finished.append(output.request_id)
-        return step
 
 
 class RequestState:
@@ -99,6 +150,13 @@ class RequestState:
         self._prompt_log_probs: list[TokenLogProbs] | None = None
         self._kept: list[TextDelta] = []
 
+    def plain_choice(self, params: SamplingParams) -> ChoiceState | None:
+        """The only choice, if nothing is kept back or told but its text and its end."""
+        told = params.stop or params.logprobs is not None or params.use_beam_search
+        if not self._keeps_nothing or len(self.choices) > 1 or told:
+            return None
+        return self.choices[0]
+
     def release(self, delta: TextDelta) -> list[TextDelta]:
         """What can be handed out, now that `delta` is there: nothing before the log-probabilities of the prompt, which
         come with the first delta whichever choice brought them, and nothing before the choices are ranked."""
@@ -125,13 +183,15 @@ class ChoiceState:
     """Text state of one choice."""
 
     __slots__ = (
-        "_detokenizer",
         "_index",
         "_num_characters",
-        "_num_output_tokens",
         "_params",
         "_stop",
         "_sum_of_log_probs",
+        "detokenizer",
+        "num_output_tokens",
+        "queue",
+        "sink",
     )
 
     def __init__(
@@ -139,11 +199,19 @@ class ChoiceState:
     ) -> None:
         self._index = index
         self._params = params
-        self._detokenizer = detokenizer
+        self.detokenizer = detokenizer
         self._stop = stop
-        self._num_output_tokens = 0
+        self.num_output_tokens = 0
         self._num_characters = 0
         self._sum_of_log_probs = 0.0
+        self.queue: DeltaQueue | None = None
+        self.sink: Sink | None = None
+        """Of the queue; both for plain choices only."""
+
+    def fail(self, error: Exception) -> None:
+        """The sink raised `error`: the reader gets it."""
+        if self.queue is not None:
+            self.queue.fail(error)
 
     def advance(self, output: StepOutput) -> TextDelta:
         """The text of one step. A stop string that the step's tokens complete overrules the engine's finish reason.
@@ -163,18 +231,18 @@ class ChoiceState:
             silent = len(output.token_ids) - 1
         offsets: list[int] = []
         for position, token_id in enumerate(output.token_ids):
-            self._num_output_tokens += 1
+            self.num_output_tokens += 1
             offsets.append(self._num_characters)
             if position == silent:
                 continue
-            self._show(self._detokenizer.push(token_id), delta)
+            self._show(self.detokenizer.push(token_id), delta)
             if delta.finish_reason is not None:
                 delta.token_ids = output.token_ids[: position + 1]
                 break
         else:
             if output.finish_reason is not None:
                 self._finish(output, delta)
-        delta.num_output_tokens = self._num_output_tokens
+        delta.num_output_tokens = self.num_output_tokens
         if output.log_probs is not None:
             self._add_log_probs(output, delta, offsets)
         if delta.finish_reason is not None and output.cumulative_log_prob is not None:
@@ -184,16 +252,16 @@ class ChoiceState:
     def _advance_text(self, output: StepOutput) -> TextDelta:
         """What nearly every step brings: text that is shown as it is, and no end."""
         token_ids = output.token_ids
-        push = self._detokenizer.push
+        push = self.detokenizer.push
         text = push(token_ids[0]) if len(token_ids) == 1 else "".join(map(push, token_ids))
         self._num_characters += len(text)
-        self._num_output_tokens += len(token_ids)
+        self.num_output_tokens += len(token_ids)
         delta = TextDelta(
             self._index,
             text,
             token_ids,
             num_cached_tokens=output.num_cached_tokens,
-            num_output_tokens=self._num_output_tokens,
+            num_output_tokens=self.num_output_tokens,
         )
         delta.prompt_log_probs = output.prompt_log_probs
         return delta
@@ -212,13 +280,13 @@ class ChoiceState:
         if self._stop is None or not text:
             delta.text += text
             return
-        delta.text += self._stop.push(text, may_stop=self._num_output_tokens > self._params.min_tokens)
+        delta.text += self._stop.push(text, may_stop=self.num_output_tokens > self._params.min_tokens)
         if self._stop.matched is not None:
             delta.finish_reason = FinishReason.STOP.value
             delta.stop_reason = self._stop.matched
 
     def _finish(self, output: StepOutput, delta: TextDelta) -> None:
-        self._show(self._detokenizer.finish(), delta)
+        self._show(self.detokenizer.finish(), delta)
         if delta.finish_reason is None and output.finish_reason is not None:
             if self._stop is not None:
                 delta.text += self._stop.finish()

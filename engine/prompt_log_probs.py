@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from quire.engine.host_values import to_device
 from quire.engine.log_prob_pages import LogProbEntries, LogProbPages
 from quire.kernels.log_probs import log_probs
 from quire.scheduler.output import MIN_LOG_PROB, SampledTokens, ScheduledBatch, TokenLogProbs
@@ -31,6 +33,12 @@ class ScoredChunk:
     """The step computes the tokens [start, end)."""
     num_rows: int
     """The first so many of them have a prompt token after them."""
+    block_ids: list[int]
+    """A copy: when the step retires the sequence may hold them no longer, but nobody else does."""
+
+    @property
+    def next_token_ids(self) -> list[int]:
+        return self.sequence.token_ids[self.start + 1 : self.start + 1 + self.num_rows]
 
 
 def scored_chunks(batch: ScheduledBatch) -> list[ScoredChunk]:
@@ -42,8 +50,14 @@ def scored_chunks(batch: ScheduledBatch) -> list[ScoredChunk]:
             start = sequence.num_computed_tokens
             end = start + batch.num_scheduled_tokens[index]
             num_rows = min(end, sequence.num_prompt_tokens - 1) - start
-            chunks.append(ScoredChunk(index, sequence, sequence.scoring_depth, start, end, num_rows))
+            block_ids = sequence.block_table.block_ids[:]
+            chunks.append(ScoredChunk(index, sequence, sequence.scoring_depth, start, end, num_rows, block_ids))
     return chunks
+
+
+def num_score_tensors(chunks: list[ScoredChunk]) -> int:
+    """How many tensors `PromptLogProbs.compute` gives."""
+    return 4 if any(chunk.num_rows for chunk in chunks) else 0
 
 
 def rows_at_once(vocab_size: int) -> int:
@@ -53,7 +67,7 @@ def rows_at_once(vocab_size: int) -> int:
 
 def log_prob_entries(
     hidden: torch.Tensor, token_ids: torch.Tensor, depth: int, vocab_size: int, logits: LogitsFunction
-) -> tuple[LogProbEntries, torch.Tensor]:
+) -> list[torch.Tensor]:
     """What each row's distribution says of a token, and its `depth` most probable ones.
 
     Args:
@@ -61,14 +75,14 @@ def log_prob_entries(
         token_ids: [R] int64, on the same device.
 
     Returns:
-        Entries of the R rows, and [R] bool on the host: whether the row's logits are finite at their largest.
+        log-probs [R] float32, top ids [R, depth] int64, their log-probs [R, depth] float32, and [R] bool: whether the
+        row's logits are finite at their largest.
     """
     parts: list[tuple[torch.Tensor, ...]] = []
     num_rows = rows_at_once(vocab_size)
     for rows, row_token_ids in zip(hidden.split(num_rows), token_ids.split(num_rows), strict=True):
         parts.append(_entries_of_rows(logits(rows), row_token_ids, depth))
-    log_prob, top_ids, top_log_probs, finite = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-    return LogProbEntries(log_prob.numpy(), top_ids.int().numpy(), top_log_probs.numpy()), finite
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
 def _entries_of_rows(logits: torch.Tensor, token_ids: torch.Tensor, depth: int) -> tuple[torch.Tensor, ...]:
@@ -107,36 +121,39 @@ class PromptScores:
 class PromptLogProbs:
     """Follows the prompts that are scored, by row. A window may let go of pages that are still to be told of."""
 
-    def __init__(self, pages: LogProbPages, max_num_seqs: int, vocab_size: int) -> None:
+    def __init__(self, pages: LogProbPages, max_num_seqs: int, vocab_size: int, logits: LogitsFunction) -> None:
         self._pages = pages
         self._vocab_size = vocab_size
+        self._logits = logits
         self._scores: list[PromptScores | None] = [None] * max_num_seqs
 
-    def collect(
-        self, hidden: torch.Tensor, batch: ScheduledBatch, sampled: SampledTokens, logits: LogitsFunction
-    ) -> None:
-        """Store what this step says of prompt tokens; `sampled` gets what is complete.
-
-        A prompt with logits that were not finite fails: it loses its sampled token, or candidates.
+    def compute(self, hidden: torch.Tensor, chunks: list[ScoredChunk]) -> list[torch.Tensor]:
+        """What this step says of prompt tokens, on the device; nothing if it says nothing.
 
         Args:
-            hidden: of the rows that `scored_chunks(batch)` counts, one chunk after the other.
-            logits: the model's.
+            hidden: of the rows that `chunks` count, one chunk after the other.
         """
-        chunks = scored_chunks(batch)
+        token_ids = [token_id for chunk in chunks for token_id in chunk.next_token_ids]
+        if not token_ids:
+            return []
+        wanted = to_device(np.array(token_ids, np.int64), hidden.device)
+        depth = max(chunk.depth for chunk in chunks)
+        return log_prob_entries(hidden, wanted, depth, self._vocab_size, self._logits)
+
+    def collect(
+        self, computed: list[torch.Tensor], chunks: list[ScoredChunk], batch: ScheduledBatch, sampled: SampledTokens
+    ) -> None:
+        """Store what `compute` gave, now on the host; `sampled` gets what is complete.
+
+        A prompt with logits that were not finite fails: it loses its sampled token, or candidates.
+        """
         if not chunks:
             return
-        token_ids = [
-            token_id
-            for chunk in chunks
-            for token_id in chunk.sequence.token_ids[chunk.start + 1 : chunk.start + 1 + chunk.num_rows]
-        ]
-        depth = max(chunk.depth for chunk in chunks)
-        if token_ids:
-            wanted = torch.tensor(token_ids, device=hidden.device)
-            entries, finite = log_prob_entries(hidden, wanted, depth, self._vocab_size, logits)
+        if computed:
+            log_prob, top_ids, top_log_probs, finite = computed
+            entries = LogProbEntries(log_prob.numpy(), top_ids.int().numpy(), top_log_probs.numpy())
         else:
-            entries, finite = LogProbEntries.zeros(0, depth), torch.ones(0, dtype=torch.bool)
+            entries, finite = LogProbEntries.zeros(0, max(chunk.depth for chunk in chunks)), torch.ones(0)
         row = 0
         for chunk in chunks:
             rows = slice(row, row + chunk.num_rows)
@@ -154,7 +171,7 @@ class PromptLogProbs:
 
     def _take(self, chunk: ScoredChunk, entries: LogProbEntries, finite: bool) -> None:
         """Pages get the entries of the chunk's own tokens: that of its first was known before, from logits or pages."""
-        sequence, block_ids = chunk.sequence, chunk.sequence.block_table.block_ids
+        sequence, block_ids = chunk.sequence, chunk.block_ids
         scores = self._scores[sequence.row]
         if scores is None or scores.sequence is not sequence or scores.num_known != chunk.start + 1:
             scores = self._scores[sequence.row] = PromptScores(sequence, chunk.depth)

@@ -7,20 +7,22 @@ breaks ties or on which options the neighbours use. Tokens that tie with the las
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import numpy as np
 import torch
 
 from quire.engine.grammar.factory import GrammarFactory
 from quire.engine.grammar_rows import GrammarRows, GrammarStep
 from quire.engine.host_values import to_device
-from quire.engine.log_probs import token_log_probs
 from quire.engine.penalties import Penalties
 from quire.engine.sample_rows import sample_rows
+from quire.engine.sampled_log_probs import RawLogits, best_of_beams, read_candidates, read_chosen, row_indices
 from quire.engine.sampling_options import SampleRow, SamplingOptions, SamplingRows, StepRows
 from quire.engine.token_masks import add_biases, ban_tokens, keep_allowed
 from quire.kernels.argmax import argmax
 from quire.kernels.sample import sample as draw
-from quire.scheduler.output import Candidates, ErrorCode, SampledTokens, ScheduledBatch, TokenLogProbs
+from quire.scheduler.output import ErrorCode, SampledTokens, ScheduledBatch
 
 
 def keep_typical(logits: torch.Tensor, options: SamplingOptions) -> None:
@@ -65,6 +67,16 @@ def sample(logits: torch.Tensor, options: SamplingOptions) -> torch.Tensor:
     return torch.where(best >= 0, token_ids, -1)
 
 
+@dataclass(slots=True)
+class SamplePlan:
+    """What one step samples: filled in by `Sampler.plan`, and by `Sampler.choose` where that alone knows."""
+
+    rows: StepRows | None
+    """None: every row takes its most probable token, and nothing else is asked for."""
+    vocab_size: int = 0
+    grammars: GrammarStep = field(default_factory=GrammarStep)
+
+
 class Sampler:
     """Samples the rows that a batch asks for. Holds only what saves work between steps."""
 
@@ -73,27 +85,46 @@ class Sampler:
         self._penalties = Penalties(max_num_seqs)
         self._grammars = GrammarRows(max_num_seqs, grammars)
 
-    def sample(self, logits: torch.Tensor, batch: ScheduledBatch, best: torch.Tensor | None = None) -> SampledTokens:
-        """Choose the batch's tokens.
+    def plan(self, batch: ScheduledBatch) -> SamplePlan:
+        """Take in what the batch's rows ask for, before its sequences move on."""
+        if not batch.sampling:
+            return SamplePlan(None)
+        chosen = sample_rows(batch)
+        return SamplePlan(None if self._rows.are_greedy(chosen.sequences) else self._rows.select(chosen))
+
+    def choose(self, logits: torch.Tensor, plan: SamplePlan, best: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """Choose the plan's tokens; nothing waits for the device.
 
         Args:
             logits: [R, V] float32, R as `sample_rows` has it, overwritten by what adjusts them.
             best: `argmax(logits)`, if it is known.
+
+        Returns:
+            What `read` takes, on the device: first of all the tokens, [R] int64, -1 where there is none.
         """
-        if not batch.sampling:
-            return SampledTokens([])
-        chosen = sample_rows(batch)
-        if self._rows.are_greedy(chosen.sequences):
-            return SampledTokens(_tokens((argmax(logits) if best is None else best).tolist()))
-        rows = self._rows.select(chosen)
+        rows = plan.rows
+        plan.vocab_size = logits.shape[-1]
+        if rows is None:
+            return [argmax(logits) if best is None else best] if len(logits) else []
         raw = RawLogits(logits, rows)
-        finite, grammars = self._adjust(logits, rows)
-        packed: list[int] = torch.where(finite, sample(logits, rows.options), -1).tolist()
+        finite, plan.grammars = self._adjust(logits, rows)
+        token_ids = torch.where(finite, sample(logits, rows.options), -1)
+        return [token_ids, finite, *raw.of_chosen(token_ids), *best_of_beams(logits, raw, rows.beams)]
+
+    def read(self, plan: SamplePlan, tensors: list[torch.Tensor]) -> SampledTokens:
+        """What `choose` gave, now on the host."""
+        if not tensors:
+            return SampledTokens([])
+        packed: list[int] = tensors[0].tolist()
+        if plan.rows is None:
+            return SampledTokens(_tokens(packed))
+        rows, parts = plan.rows, iter(tensors)
+        _, finite = next(parts), next(parts)
         return SampledTokens(
             _tokens(packed),
-            raw.of_chosen(packed),
-            candidates_of_beams(logits, raw, rows.beams, packed),
-            failures(packed, finite, rows.adjusted, grammars),
+            read_chosen(rows.scored, packed, parts),
+            read_candidates(rows.beams, packed, plan.vocab_size, parts),
+            failures(packed, finite, rows.adjusted, plan.grammars),
         )
 
     def _adjust(self, logits: torch.Tensor, rows: StepRows) -> tuple[torch.Tensor, GrammarStep]:
@@ -106,7 +137,7 @@ class Sampler:
             return torch.ones(len(logits), dtype=torch.bool, device=logits.device), GrammarStep()
         finite = argmax(logits) >= 0
         if rows.beams:
-            indices = _indices(rows.beams, logits)
+            indices = row_indices(rows.beams, logits.device)
             logits[indices] = logits[indices].log_softmax(dim=-1)
         self._penalties.apply(logits, rows.adjusted)
         add_biases(logits, rows.adjusted)
@@ -120,56 +151,6 @@ def _tokens(packed: list[int]) -> list[int | None]:
     return [token_id if token_id >= 0 else None for token_id in packed]
 
 
-class RawLogits:
-    """The logits of the rows that want log-probabilities, as they were before anything changed them."""
-
-    def __init__(self, logits: torch.Tensor, rows: StepRows) -> None:
-        self._scored = rows.scored
-        beams = [row for row in rows.beams if row.params.logprobs is not None]
-        self._places = {row.index: place for place, row in enumerate(rows.scored + beams)}
-        self._logits = logits[torch.tensor(list(self._places), device=logits.device)] if self._places else logits[:0]
-
-    def of_chosen(self, token_ids: list[int]) -> dict[int, TokenLogProbs]:
-        """Of the tokens that rows without beams have sampled; rows that have none are left out."""
-        rows = [row for row in self._scored if token_ids[row.index] >= 0]
-        if not rows:
-            return {}
-        found = token_log_probs(
-            self._logits[[self._places[row.index] for row in rows]],
-            [token_ids[row.index] for row in rows],
-            [row.params.logprobs or 0 for row in rows],
-        )
-        return {row.index: each for row, each in zip(rows, found, strict=True)}
-
-    def of_candidates(self, row: SampleRow, token_ids: list[int]) -> list[TokenLogProbs] | None:
-        """Of several tokens in a beam's row; None if the request does not ask."""
-        if row.index not in self._places:
-            return None
-        logits = self._logits[self._places[row.index]].expand(len(token_ids), -1)
-        return token_log_probs(logits, token_ids, [row.params.logprobs or 0] * len(token_ids))
-
-
-def candidates_of_beams(
-    logits: torch.Tensor, raw: RawLogits, rows: list[SampleRow], token_ids: list[int]
-) -> dict[int, Candidates]:
-    """The best continuations of each beam that has any. logits: [R, V], in the rows of beams log-probabilities."""
-    if not rows:
-        return {}
-    counts = [num_candidates(row, logits.shape[-1]) for row in rows]
-    best = logits[_indices(rows, logits)].topk(max(counts), dim=-1)
-    result = {}
-    for row, count, values, ids in zip(rows, counts, best.values.tolist(), best.indices.tolist(), strict=True):
-        if token_ids[row.index] >= 0:
-            count -= values[:count].count(-float("inf"))
-            result[row.index] = Candidates(ids[:count], values[:count], raw.of_candidates(row, ids[:count]))
-    return result
-
-
-def num_candidates(row: SampleRow, vocab_size: int) -> int:
-    """As in Hugging Face's beam search: twice the width, or more when several tokens can end a sequence."""
-    return min(row.params.num_sequences * max(2, 1 + len(row.sequence.stop_token_ids)), vocab_size)
-
-
 def failures(
     token_ids: list[int], finite: torch.Tensor, rows: list[SampleRow], grammars: GrammarStep
 ) -> dict[int, ErrorCode]:
@@ -179,7 +160,3 @@ def failures(
         return {}
     were_finite: list[bool] = finite.tolist()
     return {index: grammars.failures.get(index, "no_token_allowed") for index in failed if were_finite[index]}
-
-
-def _indices(rows: list[SampleRow], logits: torch.Tensor) -> torch.Tensor:
-    return to_device(np.array([row.index for row in rows], np.int64), logits.device)

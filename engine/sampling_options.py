@@ -24,19 +24,21 @@ class SampleRow:
     sequence: Sequence
     drafts: list[int]
     """Guessed tokens that stand between the sequence's own and the one to be sampled."""
+    num_output_tokens: int
+    """Before the one to be sampled, drafts included."""
 
     @property
     def params(self) -> SamplingParams:
         return self.sequence.request.params
 
-    @property
-    def num_output_tokens(self) -> int:
-        return self.sequence.num_output_tokens + len(self.drafts)
-
     def last_tokens(self, count: int) -> list[int]:
         """Up to `count` tokens, prompt and output, right before the one to be sampled."""
         own = self.sequence.token_ids[-count:]
         return own if not self.drafts else (own + self.drafts)[-count:]
+
+
+def make_row(index: int, sequence: Sequence, drafts: list[int]) -> SampleRow:
+    return SampleRow(index, sequence, drafts, sequence.num_output_tokens + len(drafts))
 
 
 @dataclass(slots=True)
@@ -101,7 +103,7 @@ class SamplingRows:
 
         def chosen(flags: npt.NDArray[np.bool_]) -> list[SampleRow]:
             indices: list[int] = np.flatnonzero(flags[rows]).tolist()
-            return [SampleRow(index, sequences[index], sample_rows.drafts.get(index, [])) for index in indices]
+            return [make_row(index, sequences[index], sample_rows.drafts.get(index, [])) for index in indices]
 
         return StepRows(options, chosen(self._adjusts), chosen(self._is_beam), chosen(self._is_scored))
 

@@ -201,6 +201,13 @@ int32_pointer = _pointer_of(types.int32, I32)
 int64_pointer = _pointer_of(types.int64, I64)
 
 
+@emitted(lambda function: types.int64)
+def call_for_number(builder: Builder, kinds: Kinds, function: Value) -> Value:
+    """What the function at an address returns, which takes nothing and returns an int."""
+    function_type = ir.FunctionType(I32, [])
+    return builder.sext(builder.call(builder.inttoptr(function, function_type.as_pointer()), []), I64)
+
+
 @emitted(lambda counter: types.int64)
 def take(builder: Builder, kinds: Kinds, counter: Value) -> Value:
     """The int64 at `counter`, which goes up by one; orders memory between threads (acquire and release)."""

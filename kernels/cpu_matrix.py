@@ -34,11 +34,8 @@ PANEL = _NUM_VECTORS * LANES
 MAX_ROWS = 6
 """Rows that share a pass over a panel: with the panel's vectors their sums fill the registers."""
 
-PASSES_AHEAD = 2
-"""Passes over a panel during which another one is brought into the cache, its halves one after the other."""
-_LINE = 32  # elements in a line of the cache, of two bytes
-_LINES_AHEAD = 2 * PANEL // _LINE // PASSES_AHEAD  # for each pair of input features
-AHEAD_STEP = _LINES_AHEAD * _LINE
+MAX_PASSES_AHEAD = 4
+"""Passes over a panel during which another one is brought into the cache, at most: an equal part in each."""
 _MIN_ROWS_AHEAD = 3  # with fewer rows a pass waits for its own panel
 
 _HAS_PAIR_PRODUCT = has_feature("avx512bf16")
@@ -75,12 +72,13 @@ def _emit_pairs(
 ) -> None:
     words = builder.bitcast(panel, I32.as_pointer())
     rows = [builder.bitcast(row, I32.as_pointer()) for row in rows]
+    half_step = builder.lshr(ahead_step, integer(1))
     with cgutils.for_range(builder, builder.lshr(depth, integer(1)), intp=I64) as loop:
         line = row_at(builder, words, loop.index, integer(PANEL))
         if len(rows) >= _MIN_ROWS_AHEAD:
             next_line = row_at(builder, ahead, loop.index, ahead_step)
-            for i in range(_LINES_AHEAD):
-                lanes.prefetch_line(builder, at(builder, next_line, i * _LINE), locality=2)
+            lanes.prefetch_line(builder, next_line, locality=2)
+            lanes.prefetch_line(builder, builder.gep(next_line, [half_step]), locality=2)
         vectors = [_load_words(builder, at(builder, line, i * LANES)) for i in range(_NUM_VECTORS)]
         for row, totals in zip(rows, sums, strict=True):
             pair = lanes.splat(builder, builder.load(at(builder, row, loop.index)))
@@ -131,9 +129,10 @@ def multiply_panel(
 ) -> None:
     """tile[row, :] = x[row, :depth] @ panel for up to MAX_ROWS rows; tile is float32 [MAX_ROWS, PANEL].
 
-    Meanwhile half a panel at `ahead` is brought into the cache, if `ahead_step` is AHEAD_STEP and not 0. That is for
-    elements of two bytes: reading a panel takes as long as three or four passes over it, and what is not asked for
-    early is waited for in the first one. (Into the second level: in the first they would drive out the rows.)
+    Meanwhile `ahead_step` elements at `ahead` are brought into the cache for each pair of input features, at most
+    2 * PANEL; 0 for none. That is for bfloat16: reading a panel takes as long as three or four passes over it, and what
+    is not asked for early is waited for in the first one. (Into the second level: in the first they would drive out
+    the rows.) The memory is to be busy all the while, so as many passes as that bring the next panel, in equal parts.
     """
     kind = kinds[0].dtype
     for count in range(1, MAX_ROWS + 1):

@@ -9,11 +9,21 @@ The state is int64 words, a cache line for each counter: that of the threads, th
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numba
 
-from quire.kernels.cpu_elements import move, take
+from quire.kernels.cpu_elements import call_for_number, move, take
 
 _LINE = 8  # int64 words
+
+
+class Panels(NamedTuple):
+    """What a kernel reads from end to end: memory that never changes, each panel a unit or a few."""
+
+    address: int
+    num_panels: int
+    panel_bytes: int
 
 
 def state_bytes(num_ranges: int) -> int:
@@ -29,9 +39,10 @@ def open_ranges(state, num_ranges):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def enter_ranges(state):  # type: ignore[no-untyped-def]
-    """This thread's number: threads have 0, 1 and so on, in the order in which they enter."""
-    return take(state)
+def enter_ranges(state, thread_number):  # type: ignore[no-untyped-def]
+    """This thread's number: what the function at `thread_number` says, so that a thread has the same range in every
+    kernel; if that is 0, the order in which threads enter."""
+    return take(state) if thread_number == 0 else call_for_number(thread_number)
 
 
 @numba.njit

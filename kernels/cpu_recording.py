@@ -11,65 +11,33 @@ when a tensor is gone, never outside. What kernels read at replay are the very t
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import math
-import sys
 import time
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
-from llvmlite import ir
-from numba import types
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quire.kernels import cpu_lanes as lanes
-from quire.kernels.cpu_elements import (
-    I32,
-    I64,
-    Builder,
-    Kinds,
-    Value,
-    architecture,
-    emitted,
-    int64_pointer,
-    move,
-    nothing,
-    take,
-)
+from quire.kernels import cpu_replay as call
+from quire.kernels.cpu_ranges import Panels
 from quire.kernels.cpu_workers import (
     RECORDING,
     Parameters,
-    call_function,
-    compiled_function,
     enter,
     fork_join_address,
     team_size_address,
+    thread_number_address,
 )
 
 _ALIGNMENT = 64
 _CHUNK_BYTES = 2**20
-_SPINS = 4096  # pauses, some 70 microseconds, before a waiting thread goes to sleep
 
-# A replay's parameters: their places in the int64 array that its threads share.
-(
-    _ARRIVED,  # threads that have left the kernel that runs
-    _RELEASED,  # kernels that all threads have left, or that had nothing to do
-    _NUM_KERNELS,
-    _KERNELS,  # [num_kernels, 3] addresses: prepare, body, parameters
-    _TEAM_SIZE,  # omp_get_num_threads, or 0: a single thread replays
-    _SLEEPING,  # threads that sleep until the next release
-    _SYSCALL,  # syscall of the C library, or 0: nobody sleeps
-) = range(7)
-
-_FUTEX = {"x86_64": 202, "aarch64": 98}  # number of the system call
-_FUTEX_WAIT, _FUTEX_WAKE, _EVERYBODY = 128, 129, 2**31 - 1  # of threads of one process
+_NO_PANELS = Panels(0, 0, 0)
 
 
 class NotRecordableError(Exception):
@@ -117,16 +85,18 @@ class Recording:
         self._max_rows = max_rows
         self._max_threads = torch.get_num_threads()
         self._functions: list[tuple[int, int]] = []
+        self._panels: list[Panels] = []
         self._recorded: list[Parameters] = []
-        self._kernels = np.zeros((0, 3), np.int64)
+        self._kernels = np.zeros((0, call.NUM_FIELDS), np.int64)
         self._free: dict[int, list[npt.NDArray[np.uint8]]] = defaultdict(list)
         self._chunk_index = 0
         self._chunk_used = 0
         self._replay: Parameters = np.zeros(0, np.int64)
 
-    def add(self, name: str, prepare: int, body: int, parameters: Parameters) -> None:
+    def add(self, name: str, prepare: int, body: int, parameters: Parameters, panels: Panels | None) -> None:
         self.names.append(name)
         self._functions.append((prepare, body))
+        self._panels.append(panels or _NO_PANELS)
         self._recorded.append(parameters)
 
     def new_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -155,13 +125,18 @@ class Recording:
     def finish(self) -> None:
         self.parameters = np.concatenate(self._recorded) if self._recorded else self.parameters
         ends = np.cumsum([len(parameters) for parameters in self._recorded], dtype=np.int64)
-        self._kernels = np.empty((len(ends), 3), np.int64)
-        self._kernels[:, :2] = np.array(self._functions, np.int64).reshape(-1, 2)
-        self._kernels[1:, 2] = ends[:-1]
-        self._kernels[:1, 2] = 0
-        self._kernels[:, 2] = self.parameters.ctypes.data + 8 * self._kernels[:, 2]
-        fields = [0, 0, len(ends), self._kernels.ctypes.data, 0, 0, _syscall_address()]
-        self._replay = np.array(fields, np.int64)
+        self._kernels = np.zeros((len(ends), call.NUM_FIELDS), np.int64)
+        self._kernels[:, : call.PARAMETERS] = np.array(self._functions, np.int64).reshape(-1, 2)
+        self._kernels[1:, call.PARAMETERS] = ends[:-1]
+        self._kernels[:, call.PARAMETERS] = self.parameters.ctypes.data + 8 * self._kernels[:, call.PARAMETERS]
+        following = _NO_PANELS
+        for index in reversed(range(len(ends))):
+            self._kernels[index, call.AHEAD :] = following
+            following = self._panels[index] if self._panels[index].num_panels else following
+        self._replay = np.zeros(call.SYSCALL + 1, np.int64)
+        self._replay[call.NUM_KERNELS], self._replay[call.KERNELS] = len(ends), self._kernels.ctypes.data
+        self._replay[call.NUM_RANGES], self._replay[call.SYSCALL] = self._max_threads, call.syscall_address()
+        self._replay[call.AHEAD_BYTES] = call.MAX_AHEAD_BYTES
         self._recorded.clear()
 
     def replay(self, num_threads: int) -> None:
@@ -170,21 +145,23 @@ class Recording:
         On no more than torch had when they were recorded: kernels have scratch memory for so many.
         """
         num_threads = min(num_threads, self._max_threads)
-        prepare, body = _compiled()
+        prepare, body = call.compiled()
         fork_join = fork_join_address() if num_threads > 1 else 0
-        self._replay[_TEAM_SIZE] = team_size_address() if fork_join else 0
+        self._replay[call.TEAM_SIZE] = team_size_address() if fork_join else 0
+        self._replay[call.THREAD_NUMBER] = thread_number_address() if fork_join else 0
         enter(fork_join, prepare, body, self._replay, num_threads)
 
     def profile(self, num_threads: int) -> list[tuple[str, float]]:
         """Replay kernel by kernel; the name of each and the seconds it took, with a fork and a join of its own."""
         num_threads = min(num_threads, self._max_threads)
-        prepare, body = _compiled()
+        prepare, body = call.compiled()
         fork_join = fork_join_address() if num_threads > 1 else 0
         times = []
         for index, name in enumerate(self.names):
             alone = self._replay.copy()
-            alone[_NUM_KERNELS], alone[_KERNELS] = 1, self._kernels[index].ctypes.data
-            alone[_TEAM_SIZE] = team_size_address() if fork_join else 0
+            alone[call.NUM_KERNELS], alone[call.KERNELS] = 1, self._kernels[index].ctypes.data
+            alone[call.TEAM_SIZE] = team_size_address() if fork_join else 0
+            alone[call.AHEAD_BYTES] = 0
             start = time.perf_counter()
             enter(fork_join, prepare, body, alone, num_threads)
             times.append((name, time.perf_counter() - start))
@@ -224,119 +201,3 @@ def record(arena: Arena, max_rows: int | None = None) -> Iterator[Recording]:
     finally:
         RECORDING.recorder = None
     recording.finish()
-
-
-@emitted(lambda pointer: types.int64)
-def _acquire(builder: Builder, kinds: Kinds, pointer: Value) -> Value:
-    """The int64 at `pointer`, and with it all that was written before it was released."""
-    return builder.load_atomic(pointer, ordering="acquire", align=8)
-
-
-@emitted(lambda pointer, value: types.int64)
-def _add(builder: Builder, kinds: Kinds, pointer: Value, value: Value) -> Value:
-    """Add to the int64 at `pointer`, in one order with all other additions; returns what it was."""
-    return builder.atomic_rmw("add", pointer, value, "seq_cst")
-
-
-@emitted(nothing)
-def _pause(builder: Builder, kinds: Kinds) -> None:
-    """Tell the processor that this thread only waits."""
-    if architecture() == "x86_64":
-        lanes.call(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
-    elif architecture() in ("aarch64", "arm64"):
-        lanes.call(builder, "llvm.aarch64.hint", ir.VoidType(), [ir.Constant(I32, 1)])
-
-
-@emitted(lambda function: types.int64)
-def _call_for_number(builder: Builder, kinds: Kinds, function: Value) -> Value:
-    """function(), an int."""
-    function_type = ir.FunctionType(I32, [])
-    return builder.sext(builder.call(builder.inttoptr(function, function_type.as_pointer()), []), I64)
-
-
-@emitted(nothing)
-def _futex(builder: Builder, kinds: Kinds, syscall: Value, pointer: Value, operation: Value, value: Value) -> None:
-    """syscall(SYS_futex, pointer, operation, value, no timeout) on the low half of the int64 at `pointer`."""
-    function_type = ir.FunctionType(I64, [I64] * 5)
-    number = ir.Constant(I64, _FUTEX.get(architecture(), 0))
-    arguments = [number, builder.ptrtoint(pointer, I64), operation, value, ir.Constant(I64, 0)]
-    builder.call(builder.inttoptr(syscall, function_type.as_pointer()), arguments)
-
-
-@numba.njit
-def _prepare_from(parameters, index):  # type: ignore[no-untyped-def]
-    """Make kernel `index` ready or, if its `prepare` leaves no work, the first behind it that has some; which one."""
-    while index < parameters[_NUM_KERNELS]:
-        kernel = move(int64_pointer(parameters[_KERNELS]), 3 * index)
-        ticket = int64_pointer(kernel[2])
-        ticket[0] = 0
-        if kernel[0] != 0:
-            call_function(kernel[0], kernel[2])
-        if ticket[0] == 0:
-            break
-        index += 1
-    return index
-
-
-def _prepare(shared: Any) -> None:
-    parameters = int64_pointer(shared)
-    parameters[_ARRIVED] = 0
-    parameters[_RELEASED] = _prepare_from(parameters, 0)
-
-
-@numba.njit
-def _wait(parameters, index):  # type: ignore[no-untyped-def]
-    """Until all threads have left kernel `index`; returns the next one.
-
-    Whoever is late has lost its core to another process: a thread that sleeps leaves it its own. It counts itself
-    before the kernel of the system looks whether it is to sleep at all, so nobody misses the release.
-    """
-    released = move(parameters, _RELEASED)
-    num_spins = 0
-    while _acquire(released) <= index:
-        _pause()
-        num_spins += 1
-        if num_spins > _SPINS and parameters[_SYSCALL] != 0:
-            _add(move(parameters, _SLEEPING), 1)
-            _futex(parameters[_SYSCALL], released, _FUTEX_WAIT, index)
-            _add(move(parameters, _SLEEPING), -1)
-    return _acquire(released)
-
-
-def _replay(shared: Any) -> None:
-    parameters = int64_pointer(shared)
-    num_threads = _call_for_number(parameters[_TEAM_SIZE]) if parameters[_TEAM_SIZE] != 0 else 1
-    kernels = int64_pointer(parameters[_KERNELS])
-    index = parameters[_RELEASED]
-    while index < parameters[_NUM_KERNELS]:
-        call_function(kernels[3 * index + 1], kernels[3 * index + 2])
-        # The last to leave a kernel makes the next one ready and lets the others go on.
-        if take(move(parameters, _ARRIVED)) == num_threads - 1:
-            parameters[_ARRIVED] = 0
-            following = _prepare_from(parameters, index + 1)
-            _add(move(parameters, _RELEASED), following - index)
-            if _add(move(parameters, _SLEEPING), 0) > 0:
-                _futex(parameters[_SYSCALL], move(parameters, _RELEASED), _FUTEX_WAKE, _EVERYBODY)
-            index = following
-        else:
-            index = _wait(parameters, index)
-
-
-def _syscall_address() -> int:
-    """Where threads can sleep on a futex: on Linux, of the architectures whose numbers are known."""
-    if sys.platform != "linux" or sys.byteorder != "little" or architecture() not in _FUTEX:
-        return 0
-    with contextlib.suppress(OSError, AttributeError):
-        return ctypes.cast(ctypes.CDLL(None).syscall, ctypes.c_void_p).value or 0
-    return 0
-
-
-@functools.cache
-def _compiled() -> tuple[int, int]:
-    prepare, replay = compiled_function(_prepare, torch.float32), compiled_function(_replay, torch.float32)
-    _FUNCTIONS.extend((prepare, replay))
-    return prepare.address, replay.address
-
-
-_FUNCTIONS: list[Any] = []
-"""Compiled code lives as long as these."""

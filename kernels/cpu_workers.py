@@ -27,7 +27,17 @@ from llvmlite import ir
 from numba import types
 
 from quire.kernels.cpu_compiler import ELSEWHERE
-from quire.kernels.cpu_elements import BFLOAT16, FLOAT16, FLOAT32, Builder, Kinds, Value, emitted, nothing
+from quire.kernels.cpu_elements import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    Builder,
+    Kinds,
+    Value,
+    emitted,
+    nothing,
+)
+from quire.kernels.cpu_ranges import Panels
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +75,7 @@ KEPT_MEMORY = KeptMemory()
 class Recorder(Protocol):
     """Takes down what workers are asked to run, instead of their running it: see `cpu_recording`."""
 
-    def add(self, name: str, prepare: int, body: int, parameters: Parameters) -> None: ...
+    def add(self, name: str, prepare: int, body: int, parameters: Parameters, panels: Panels | None) -> None: ...
     def new_tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor: ...
     def scratch(self, num_bytes: int) -> int: ...
 
@@ -93,13 +103,18 @@ def scratch(num_bytes: int) -> int:
     return KEPT_MEMORY.address(num_bytes) if recorder is None else recorder.scratch(num_bytes)
 
 
+ALONE = -1
+"""A ticket that asks for one thread."""
+
+
 class Worker:
     """A function `body(parameters)` that several threads enter at once and whose work they share out among themselves.
 
     `parameters` is an int64 array, shown to the body as a pointer to elements of the dtype: the body is compiled once
     for each dtype, at its first use. The first parameter is zero when the threads enter: the ticket of the next unit
-    of work. `prepare(parameters)` is run before that by one thread alone; if it leaves another ticket, all units are
-    taken, and a recording passes the kernel over. Neither must raise.
+    of work. `prepare(parameters)` is run before that by one thread alone; if it leaves ALONE as the ticket, the body is
+    too, since there is less to do than to wait for; if it leaves any other, all units are taken, and a recording passes
+    the kernel over. Neither must raise.
 
     Parameters are used again when a recording is replayed: whatever changes while the body runs, or follows from
     values that tensors hold, is for `prepare` to set.
@@ -111,12 +126,16 @@ class Worker:
         self._functions = (prepare, body)
         self._compiled: dict[torch.dtype, tuple[Any, Any]] = {}
 
-    def run(self, dtype: torch.dtype, parameters: Parameters, num_threads: int) -> None:
-        """Enter the body on `num_threads` threads, this one among them, and return when all have left it."""
+    def run(self, dtype: torch.dtype, parameters: Parameters, num_threads: int, panels: Panels | None = None) -> None:
+        """Enter the body on `num_threads` threads, this one among them, and return when all have left it.
+
+        Args:
+            panels: what the threads read, in ranges: a recording asks for them ahead.
+        """
         prepare, body = self._compiled.get(dtype) or self.compile(dtype)
         prepare_address = 0 if prepare is None else prepare.address
         if RECORDING.recorder is not None:
-            RECORDING.recorder.add(self.name, prepare_address, body.address, parameters)
+            RECORDING.recorder.add(self.name, prepare_address, body.address, parameters, panels)
             return
         fork_join = fork_join_address() if num_threads > 1 else 0
         if num_threads > 1 and not fork_join:
@@ -220,7 +239,10 @@ def enter(fork_join: int, prepare: int, body: int, parameters: Parameters, num_t
     address = parameters.ctypes.data
     if prepare != 0:
         call_function(prepare, address)
-    if fork_join != 0:
+    if prepare != 0 and parameters[0] == ALONE:
+        parameters[0] = 0
+        call_function(body, address)
+    elif fork_join != 0:
         _fork(fork_join, body, address, num_threads)
     else:
         call_function(body, address)
@@ -235,6 +257,7 @@ def _numba_fork_join() -> Callable[[int, int, Parameters, int], None]:
         address = parameters.ctypes.data
         if prepare != 0:
             call_function(prepare, address)
+            parameters[0] = max(parameters[0], 0)
         for _ in numba.prange(num_threads):
             call_function(body, address)
 
@@ -256,15 +279,20 @@ def team_size_address() -> int:
     return _openmp_addresses()[1]
 
 
+def thread_number_address() -> int:
+    """The address of omp_get_thread_num in the same runtime: which of them a thread is."""
+    return _openmp_addresses()[2]
+
+
 @functools.cache
-def _openmp_addresses() -> tuple[int, int]:
+def _openmp_addresses() -> tuple[int, int, int]:
     package = Path(torch.__file__).parent
     shipped = [*package.glob("lib/lib*omp*"), *package.parent.glob("torch.libs/lib*omp*")]
     already_loaded = getattr(os, "RTLD_NOLOAD", 0) | getattr(os, "RTLD_NOW", 0)
     for name in (*map(str, shipped), None):
         with contextlib.suppress(OSError, AttributeError, TypeError):
             library = ctypes.CDLL(name, mode=already_loaded)
-            functions = (library.GOMP_parallel, library.omp_get_num_threads)
-            fork_join, team_size = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
-            return fork_join, team_size
-    return 0, 0
+            functions = (library.GOMP_parallel, library.omp_get_num_threads, library.omp_get_thread_num)
+            fork_join, team_size, number = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
+            return fork_join, team_size, number
+    return 0, 0, 0

@@ -100,6 +100,8 @@ class EngineConfig:
     """Most entries of `logprobs` and `prompt_logprobs`; the KV-cache keeps so many for each prompt token it scores."""
     num_threads: int | None = None
     """CPU threads of the engine process."""
+    async_scheduling: bool | None = None
+    """Schedule the next step while one runs; None: on a GPU, not on a CPU, which both would have to share."""
 
     def __post_init__(self) -> None:
         require_power_of_two("--block-size", self.block_size, 8, 256)

@@ -70,16 +70,29 @@ class BeamSearch:
                 self._scheduler.blocks.distrust(seat)
             outputs += self._end(group)
         for group in [group for group in touched if not group.failed]:
+            if self._waits_for_blocks(group):
+                self._touched[group] = None
+                continue
             self._fork_resting(group)
             if group.ready:
                 outputs += self._advance(group)
         return outputs
 
+    def _waits_for_blocks(self, group: BeamGroup) -> bool:
+        """Whether a step in flight keeps the blocks that a group needs to fork: it goes on when that has retired."""
+        if not self._scheduler.steps.batches:
+            return False
+        num_blocks = len(self._resting(group))
+        if group.ready:  # a beam that dies leaves a block: only what the group grows by comes from elsewhere
+            num_blocks = len(group.seats) - len(group.live)
+        return not self._make_room(group, num_blocks) and self._scheduler.blocks.pool.num_fenced_blocks > 0
+
     def preempt(self, group: BeamGroup) -> None:
         """Back to the queue with all its beams, to be computed again from what they have in common."""
         scheduler = self._scheduler
+        self._touched.pop(group, None)
         for seat in group.live:
-            seat.block_table.release()
+            scheduler.blocks.release(seat)
             seat.num_computed_tokens = 0
             seat.num_preemptions += 1
             seat.status = WAITING
@@ -93,13 +106,14 @@ class BeamSearch:
     def end(self, group: BeamGroup) -> None:
         """Take a group out wherever it is: all that it holds goes back."""
         scheduler = self._scheduler
+        self._touched.pop(group, None)
         leader = _leader(group)
         if leader.status is RUNNING:
             scheduler.free_rows += [seat.row for seat in group.seats]
         else:
             scheduler.waiting.remove(leader)
         for seat in group.seats:
-            seat.block_table.release()
+            scheduler.blocks.release(seat)
             seat.leader, seat.followers = None, []
             scheduler.forget(seat)
         scheduler.running = [sequence for sequence in scheduler.running if sequence.status is RUNNING]
@@ -134,7 +148,7 @@ class BeamSearch:
         parents = {id(survivor.parent) for survivor in survivors}
         dying = [seat for seat in group.live if id(seat) not in parents]
         for seat in dying:
-            seat.block_table.release()
+            self._scheduler.blocks.release(seat)
             seat.num_computed_tokens = 0
             seat.status = WAITING
         idle = [seat for seat in group.seats if seat not in group.live]
@@ -187,11 +201,17 @@ class BeamSearch:
         for follower in leader.followers:
             follower.leader = leader
 
-    def _fork_resting(self, group: BeamGroup) -> None:
-        """The leader of a group that came back has computed what its beams have in common: they go on from there."""
+    def _resting(self, group: BeamGroup) -> list[Sequence]:
+        """Beams of a group that came back and whose leader has computed what they have in common."""
         leader = _leader(group)
-        resting = [seat for seat in group.live if seat.status is WAITING]
-        if not resting or leader.status is not RUNNING or leader.num_computed_tokens < group.fork_length:
+        if leader.status is not RUNNING or leader.num_computed_tokens < group.fork_length:
+            return []
+        return [seat for seat in group.live if seat.status is WAITING]
+
+    def _fork_resting(self, group: BeamGroup) -> None:
+        """They go on from what their leader has computed."""
+        leader, resting = _leader(group), self._resting(group)
+        if not resting:
             return
         if not self._make_room(group, len(resting)):
             self._scheduler.preempt(leader)
@@ -202,9 +222,12 @@ class BeamSearch:
         self._seat(group)
 
     def _make_room(self, group: BeamGroup, num_blocks: int) -> bool:
-        """Free so many blocks at the cost of newer sequences; False: there are none to give way."""
-        scheduler = self._scheduler
-        while scheduler.blocks.pool.num_free_blocks < num_blocks:
+        """Free so many blocks at the cost of newer sequences; False: nobody is left to give way, or what they gave
+        is fenced."""
+        scheduler, pool = self._scheduler, self._scheduler.blocks.pool
+        while pool.num_free_blocks < num_blocks:
+            if pool.num_free_blocks + pool.num_fenced_blocks >= num_blocks:
+                return False
             victims = scheduler.choose_victims(_leader(group))
             if not victims or any(victim.beam is not None and victim.beam.group is group for victim in victims):
                 return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from quire.config import SchedulerConfig
 from quire.scheduler.block_pool import BlockPool
 from quire.scheduler.block_table import BlockTable
@@ -9,13 +11,15 @@ from quire.scheduler.cached_prefix import NOTHING_CACHED, CachedPrefix, FoundPre
 from quire.scheduler.output import BlockTableUpdate
 from quire.scheduler.prefix_cache import PrefixCache
 from quire.scheduler.sequence import Sequence
+from quire.scheduler.steps_in_flight import StepsInFlight
 from quire.scheduler.window import first_block_in_window
 
 
 class BlockManager:
     """Pool, prefix cache and the log of changed table entries. Who runs is not its business but the scheduler's."""
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, steps: StepsInFlight) -> None:
+        self._steps = steps
         self.block_size = config.block_size
         self.window = config.sliding_window
         self.caching = config.enable_prefix_caching
@@ -58,10 +62,11 @@ class BlockManager:
         next_key = sequence.block_keys[len(block_ids) + 1] if len(block_ids) < num_blocks else None
         return CachedPrefix(block_ids, len(block_ids) * self.block_size, next_key=next_key)
 
-    def is_computing(self, writer: Sequence, sequence: Sequence, prefix: CachedPrefix) -> bool:
-        """Whether `writer` has yet to compute the first block that the cached prefix of a waiting sequence lacks."""
+    def is_computing(self, writer: Sequence, start: int, sequence: Sequence, prefix: CachedPrefix) -> bool:
+        """Whether `writer`, from token `start` on, computes the first block that the cached prefix of one that waits
+        lacks."""
         index = len(prefix.block_ids)
-        if prefix.next_key is None or writer.num_computed_tokens >= (index + 1) * self.block_size:
+        if prefix.next_key is None or start >= (index + 1) * self.block_size:
             return False
         depth, stored = sequence.scoring_depth, writer.scoring_depth
         if depth is not None and (stored is None or stored < depth):
@@ -86,9 +91,10 @@ class BlockManager:
         return CachedPrefix(block_ids, len(block_ids) * self.block_size - 1, copies_last=True, next_key=next_key)
 
     def num_blocks_to_start(self, prefix: CachedPrefix, num_tokens: int) -> int:
-        """Free blocks it takes to start from a cached prefix and hold `num_tokens` tokens; reviving one takes one."""
-        ref_counts = self.pool.ref_counts
-        num_revived = sum(1 for block_id in prefix.block_ids if block_id and ref_counts[block_id] == 0)
+        """Free blocks it takes to start from a cached prefix and hold `num_tokens` tokens; a free one is revived."""
+        pool = self.pool
+        unused = [block_id for block_id in prefix.block_ids if block_id and pool.ref_counts[block_id] == 0]
+        num_revived = len(unused) - sum(map(pool.is_fenced, unused))
         return -(-num_tokens // self.block_size) - prefix.num_shared_blocks + num_revived
 
     def start(self, sequence: Sequence, prefix: CachedPrefix, num_tokens: int) -> None:
@@ -124,9 +130,23 @@ class BlockManager:
         """Let go of the leading blocks that no token to be computed can see."""
         table = sequence.block_table
         start = table.num_released
-        table.release_before(first_block_in_window(sequence.num_computed_tokens, self.window, self.block_size))
+        end = first_block_in_window(sequence.num_computed_tokens, self.window, self.block_size)
+        if self._steps.batches:
+            self._fence(sequence, table.block_ids[start:end])
+        table.release_before(end)
         if table.num_released > start:
             self._updates.append(BlockTableUpdate(sequence.row, start, [0] * (table.num_released - start)))
+
+    def release(self, sequence: Sequence) -> None:
+        """Take all blocks from a sequence; what a step in flight uses of them is not free before it has retired."""
+        if self._steps.batches:
+            self._fence(sequence, reversed(sequence.block_table.held_block_ids()))
+        sequence.block_table.release()
+
+    def _fence(self, sequence: Sequence, block_ids: Iterable[int]) -> None:
+        step_id = self._steps.last_step_of(sequence)
+        if step_id is not None:
+            self.pool.fence(block_ids, step_id)
 
     def fork(self, leader: Sequence, follower: Sequence, num_tokens: int) -> None:
         """Share the first `num_tokens` tokens, which the leader has computed. Takes one free block."""
@@ -139,12 +159,16 @@ class BlockManager:
     def cache_full_blocks(self, sequence: Sequence, start: int, end: int) -> None:
         """Make the blocks that were filled by computing tokens [start, end) findable.
 
-        Of a prompt that is scored, log-probabilities are stored for whole blocks only.
+        Not those that have left the window in a step scheduled ahead: they are held no longer. Of a prompt that is
+        scored, log-probabilities are stored for whole blocks only.
         """
         first, last = start // self.block_size, end // self.block_size
         if first == last or not self.caching:
             return
-        block_keys, block_ids = sequence.block_keys, sequence.block_table.block_ids
+        block_keys, table = sequence.block_keys, sequence.block_table
+        block_ids = table.block_ids
+        if table.num_released > first:
+            first = table.num_released
         self.prefix_cache.extend_keys(block_keys, sequence.token_ids, last)
         num_scored = 0 if sequence.scoring_depth is None else sequence.num_prompt_tokens // self.block_size
         for index in range(first, last):
@@ -157,9 +181,9 @@ class BlockManager:
             self.prefix_cache.forget(block_id)
         self.prefix_cache.forget_keys(sequence.block_keys)
 
-    def take_changes(self) -> tuple[list[tuple[int, int]], list[BlockTableUpdate]]:
-        """Page copies and table entries that the engine has not been told of yet."""
-        copies = [copy for table in self._copying if (copy := table.take_copy()) is not None]
+    def take_changes(self, step_id: int) -> tuple[list[tuple[int, int]], list[BlockTableUpdate]]:
+        """Page copies and table entries that the engine has not been told of yet: for this step."""
+        copies = [copy for table in self._copying if (copy := table.take_copy(step_id)) is not None]
         updates = self._updates
         self._copying, self._updates = [], []
         return copies, updates

@@ -68,11 +68,12 @@ class BlockTable:
             table.grow(1)
         return table
 
-    def take_copy(self) -> tuple[int, int] | None:
-        """(source, target) of the copy that was planned, once; the source is no longer held."""
+    def take_copy(self, step_id: int) -> tuple[int, int] | None:
+        """(source, target) of the planned copy, once, for the step that makes it; the source is no longer held."""
         if self.copy_source is None:
             return None
         copy = (self.copy_source, self.copy_target)
+        self._pool.fence(copy, step_id)
         self._pool.release((self.copy_source,))
         self.copy_source = None
         return copy

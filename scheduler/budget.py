@@ -14,19 +14,24 @@ class PromptBudget:
     Prompts are computed one after another, so that the first is done as early as can be. Only a long one gives way: it
     gets half of what is left when its turn comes, those behind it the rest, and it what they have not used. It does not
     give way to others that are about as long: that would make the first later and the second no earlier.
+
+    Where a step takes longer for each token (`one_by_one`), a prompt that ends in its second half ends what it has for
+    prompts: its first token does not wait for the next one's, and streams that began together come apart.
     """
 
-    __slots__ = ("_long_from", "long", "num_tokens")
+    __slots__ = ("_last_turn", "_long_from", "long", "num_tokens")
 
-    def __init__(self, num_tokens: int, max_num_tokens: int) -> None:
+    def __init__(self, num_tokens: int, max_num_tokens: int, *, one_by_one: bool = False) -> None:
         """
         Args:
             num_tokens: what this step has for prompts.
             max_num_tokens: what a step has for them at most.
+            one_by_one: whether a prompt is better off without the next one's tokens in its last step.
         """
         self.num_tokens = num_tokens
         self.long: Sequence | None = None
         """The first long prompt of this step."""
+        self._last_turn = num_tokens // 2 if one_by_one else 0
         self._long_from = LONG_PROMPT_STEPS * max_num_tokens
 
     def is_long(self, num_tokens: int) -> bool:
@@ -47,6 +52,9 @@ class PromptBudget:
 
     def spend(self, sequence: Sequence, num_tokens: int) -> None:
         """Before it counts as computed."""
+        num_left = len(sequence.token_ids) - sequence.num_computed_tokens
         self.num_tokens -= num_tokens
-        if self.long is None and self.is_long(len(sequence.token_ids) - sequence.num_computed_tokens):
+        if self.long is None and self.is_long(num_left):
             self.long = sequence
+        if num_tokens == num_left and self.num_tokens <= self._last_turn:
+            self.num_tokens = 0

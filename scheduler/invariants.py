@@ -3,8 +3,8 @@
 I1   The null block is never allocated, freed, cached or referenced.
 I2   No reference count is negative.
 I3   A block's reference count is the number of tables, and of planned copies, that hold it.
-I4   Free and used blocks and the null block add up to the pool.
-I5   A block is in the free list, once, exactly if nobody holds it.
+I4   Free, used and fenced blocks and the null block add up to the pool.
+I5   A block is in the free list, once, exactly if nobody holds it and it is not fenced.
 I6   Cache keys and cached blocks are a bijection; eviction removes both sides.
 I7   No block is twice in one table, and none in a table is free.
 I8   A table covers what is computed and at most what is known, or guessed and still to be generated; only what is out
@@ -21,7 +21,7 @@ I16  Every choice has exactly one end, and nothing is told of it afterwards.
 I17  While anything is live, a step computes something; without new requests everything ends.
 I18  Running and waiting are in order. Nobody who waits is overtaken by a lower priority, or more often than may be, or
      after a preemption, unless the step computes for another what it would begin with, or another prompt about as long.
-I19  A victim is never the oldest, and with it, or with its group, a block comes free at once.
+I19  A victim is never the oldest, and with it, or with its group, nobody holds some block any more.
 I20  When nothing is live, nothing is held.
 I21  Eviction takes the least recently used free block.
 I23  At least the last known token is left to be computed, so there are logits to sample from; a beam that has its
@@ -32,12 +32,14 @@ I26  What a failed step wrote is never found.
 I28  A block that several tables share is at the same position in all of them.
 I29  A request is told the log-probabilities of its prompt once, and those that the prompt alone would have been told.
 I30  A block that is cached with log-probabilities has them, to its depth, and a deeper block takes over its key.
-I31  Nobody begins to compute a block that a prompt in the same step computes.
+I31  Nobody begins to compute a block that a prompt in the same step, or in the step in flight, computes.
 I32  Who decodes is in every step, as far as budget and blocks go; beside decodes prompts take no more than they may.
+I33  No block is handed out while a step is in flight that reads or writes it; with none in flight, no block is fenced.
+I34  A token that is not known is the last one of a sequence that samples it in a step in flight.
 
 I2, I4, I13 and I14 are O(1) and checked in production, where the numbers change. `check_integrity` and `check_batch`
 walk what can be seen in the bookkeeping of one moment; the simulator in tests/scheduler adds contents of pages (I11,
-I25, I26, I29, I30) and the order of events (I9, I16 to I19, I21, I31, I32). Not here: I22 (a child is evicted before
+I25, I26, I29, I30) and the order of events (I9, I16 to I19, I21, I31 to I33). Not here: I22 (a child is evicted before
 its parent) does not always hold, and I27 needs adapters.
 """
 
@@ -46,6 +48,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quire.config import SchedulerConfig
+from quire.scheduler.output import UNKNOWN_TOKEN
 from quire.scheduler.status import RUNNING, WAITING
 
 if TYPE_CHECKING:
@@ -81,6 +84,7 @@ def check_integrity(scheduler: Scheduler) -> None:
     check_pool(scheduler)
     check_prefix_cache(scheduler)
     check_sequences(scheduler)
+    check_unknown_tokens(scheduler)
     check_queues(scheduler)
     check_keys(scheduler)
 
@@ -102,6 +106,9 @@ def check_pool(scheduler: Scheduler) -> None:
         raise InvariantError("I3", f"reference counts of blocks {wrong} are not the number of their holders")
     if len(set(free)) != len(free) or any(map(ref_counts.__getitem__, free)):
         raise InvariantError("I5", f"a block in the free list is in use, or there twice: {free}")
+    fenced = [block_id for block_id in range(pool.num_blocks) if pool.is_fenced(block_id)]
+    if (fenced and not scheduler.steps.batches) or not set(fenced).isdisjoint(free):
+        raise InvariantError("I33", f"blocks {fenced} are fenced, and free or not used by any step in flight")
     pool.check_count()
     num_used = pool.num_blocks - ref_counts.count(0)
     if len(free) != pool.num_free_blocks or num_used != pool.num_used_blocks:
@@ -151,6 +158,20 @@ def check_sequences(scheduler: Scheduler) -> None:
     for leader in scheduler.running:
         for sequence in leader.followers:
             _check_holds_nothing(sequence)
+
+
+def check_unknown_tokens(scheduler: Scheduler) -> None:
+    """I34."""
+    sampling = [batch.sequences[index] for batch in scheduler.steps.batches for index in batch.sampling]
+    for sequence in scheduler.running:
+        if UNKNOWN_TOKEN in sequence.token_ids[:-1]:
+            raise InvariantError("I34", f"an unknown token is not the last: {sequence}")
+        if sequence.token_ids[-1] == UNKNOWN_TOKEN and sequence not in sampling:
+            raise InvariantError("I34", f"a token is unknown, and no step in flight samples it: {sequence}")
+    for leader in scheduler.waiting:
+        for sequence in (leader, *leader.followers):
+            if UNKNOWN_TOKEN in sequence.token_ids:
+                raise InvariantError("I34", f"waits with an unknown token: {sequence}")
 
 
 def _check_table(scheduler: Scheduler, sequence: Sequence) -> None:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 
 MIN_LOG_PROB = -9999.0
+UNKNOWN_TOKEN = -1
+"""Stands at the end of a sequence for a token that the step in flight samples: only the device knows it."""
 
 
 ErrorCode = Literal["numerical_error", "no_token_allowed", "grammar_too_complex"]
@@ -39,7 +41,7 @@ class ScheduledBatch:
 
     `sequences[i]` computes `num_scheduled_tokens[i]` of its tokens, from `num_computed_tokens` on. The sequences are
     the scheduler's own: the engine reads `row`, `token_ids`, `num_computed_tokens`, `scoring_depth`, `block_table` and
-    `request` and writes nothing.
+    `request` before the next call of `schedule()`, and writes nothing. A decode may compute an `UNKNOWN_TOKEN`.
     """
 
     step_id: int

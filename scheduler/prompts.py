@@ -29,14 +29,17 @@ class Prompts:
         self._config = scheduler.config
         self.order = WaitingOrder(scheduler.waiting, scheduler.blocks)
         self.max_num_tokens: int | None = None
-        """Most tokens of prompts in a step that decodes too; None: what its budget leaves. Only for chunks."""
+        """Most tokens of prompts in a step that decodes too; None: what its budget leaves, and tokens cost next to
+        nothing. Only for chunks."""
 
     def budget(self, builder: BatchBuilder) -> PromptBudget:
         """Of a step whose decodes are known."""
         most = self._config.max_num_batched_tokens
-        if self.max_num_tokens is not None and self._config.enable_chunked_prefill:
+        one_by_one = self.max_num_tokens is not None and self._config.enable_chunked_prefill
+        if self.max_num_tokens is not None and one_by_one:
             most = min(most, self.max_num_tokens)
-        return PromptBudget(min(builder.budget, most) if builder.decodes else builder.budget, most)
+        num_tokens = min(builder.budget, most) if builder.decodes else builder.budget
+        return PromptBudget(num_tokens, most, one_by_one=one_by_one)
 
     def schedule_running(self, sequences: list[Sequence], builder: BatchBuilder, budget: PromptBudget) -> None:
         """Chunks for running sequences, the oldest first, that have not one token left to compute but more, or, if they
@@ -98,14 +101,17 @@ class Prompts:
     def _should_wait(
         self, sequence: Sequence, prefix: CachedPrefix, num_left: int, builder: BatchBuilder, budget: PromptBudget
     ) -> bool:
-        """Whether this step computes another prompt about as long, or what the sequence would begin with.
+        """Whether this step computes another prompt about as long, or this one or the one in flight what the sequence
+        would begin with.
 
         The latter it finds cached a little later, and no later than it could have computed it. Only who computes in
-        this very step makes others wait: whoever is aborted, fails or is preempted does so no more.
+        these very steps makes others wait: whoever is aborted, fails or is preempted does so no more.
         """
         if not budget.gives_way_to(num_left):
             return True
-        return any(self._scheduler.blocks.is_computing(writer, sequence, prefix) for writer in builder.chunks)
+        blocks, in_flight = self._scheduler.blocks, self._scheduler.steps.prompts
+        writers = [(writer, writer.num_computed_tokens) for writer in builder.chunks]
+        return any(blocks.is_computing(*writer, sequence, prefix) for writer in writers + in_flight)
 
     def _limit_chunk(self, start: int, num_tokens: int, budget: int) -> int:
         """How many of `num_tokens` tokens from `start` on to compute at once."""

@@ -37,26 +37,27 @@ from quire.scheduler.request_queue import RequestQueue
 from quire.scheduler.sequence import Sequence
 from quire.scheduler.speculation import Speculator
 from quire.scheduler.status import FINISHED, RUNNING, WAITING
+from quire.scheduler.steps_in_flight import MAX_STEPS_IN_FLIGHT, StepsInFlight
 
 
 class Scheduler:
     """Decides what each step computes. Pure and deterministic: no clock, no device.
 
-    `schedule()` and `update()` strictly alternate; `add()` and `abort()` may come between them at any point.
+    `update()` answers what `schedule()` hands out, in order. One more step may be scheduled while one is in flight: see
+    `StepsInFlight`. `add()` and `abort()` may come between them at any point.
     """
 
     def __init__(self, config: SchedulerConfig, *, max_preemptions: int = MAX_PREEMPTIONS) -> None:
         self.config = config
         self.max_preemptions = max_preemptions
-        self.blocks = BlockManager(config)
+        self.steps = StepsInFlight()
+        self.blocks = BlockManager(config, self.steps)
         self.waiting = RequestQueue()
         self.running: list[Sequence] = []
         """In order, the oldest first; followers are reached through their leader."""
         self.live: dict[str, list[Sequence]] = {}
         """The choices that have not ended, by request."""
         self.free_rows = list(reversed(range(config.max_num_seqs)))
-        self.batch: ScheduledBatch | None = None
-        """What schedule() handed out and update() has not answered yet."""
         self.prompts = Prompts(self)
         self.choices = Choices(self)
         self.beams = BeamSearch(self)
@@ -114,12 +115,13 @@ class Scheduler:
         return bool(self.live)
 
     def schedule(self) -> ScheduledBatch | None:
-        """Choose what the next step computes; None if there is nothing to do."""
-        if self.batch is not None:
-            raise RuntimeError("schedule() was called before update() answered the last batch.")
+        """Choose what the next step computes; None if there is nothing to do, or nothing before update() is called."""
         builder = BatchBuilder(self.config.max_num_batched_tokens)
-        num_preemptions = self._counters.num_preemptions
-        others = self._schedule_decodes(builder)
+        num_preemptions, candidates = self._counters.num_preemptions, self.running
+        if self.steps.batches:
+            # Who was preempted with a step in flight must not run again before that step's row of it was passed over.
+            num_preemptions, candidates = self.steps.num_preemptions, self._run_ahead()
+        others = self._schedule_decodes(candidates, builder)
         budget = self.prompts.budget(builder)
         self.prompts.schedule_running(others, builder, budget)
         if self._counters.num_preemptions == num_preemptions:
@@ -130,15 +132,25 @@ class Scheduler:
         if self.speculator.active:
             self.speculator.add_drafts(builder, self.config.max_num_seqs - len(self.free_rows))
         if builder.empty:
+            self.steps.move_back()
             return None
-        self.batch = builder.build(self._counters.num_steps, *self.blocks.take_changes())
+        step_id = self._counters.num_steps
+        batch = builder.build(step_id, *self.blocks.take_changes(step_id))
+        self.steps.add(batch, self._counters.num_preemptions)
         self._counters.num_steps += 1
         num_tokens = self.config.max_num_batched_tokens - builder.budget
         self._counters.num_scheduled_tokens += num_tokens
         invariants.check_limits(self.config, num_tokens, len(self.running))
-        return self.batch
+        return batch
 
-    def _schedule_decodes(self, builder: BatchBuilder) -> list[Sequence]:
+    def _run_ahead(self) -> list[Sequence]:
+        """Who may be scheduled while a step is in flight; those of its sequences that go on are moved ahead."""
+        if len(self.steps.batches) == MAX_STEPS_IN_FLIGHT:
+            raise RuntimeError(f"schedule() was called with {MAX_STEPS_IN_FLIGHT} steps in flight.")
+        staying = self.steps.run_ahead()
+        return [sequence for sequence in self.running if sequence not in staying]
+
+    def _schedule_decodes(self, candidates: list[Sequence], builder: BatchBuilder) -> list[Sequence]:
         """The oldest first; who needs a block that is not there takes it from the newest.
 
         Returns:
@@ -146,7 +158,7 @@ class Scheduler:
         """
         decodes, budget = builder.decodes, builder.budget
         others = []
-        for sequence in tuple(self.running):
+        for sequence in tuple(candidates):
             if sequence.status is not RUNNING:
                 continue
             start = sequence.num_computed_tokens
@@ -169,6 +181,8 @@ class Scheduler:
             self.blocks.release_out_of_window(sequence)
         num_missing, pool = sequence.block_table.num_missing_blocks(num_tokens), self.blocks.pool
         while num_missing > pool.num_free_blocks:
+            if num_missing <= pool.num_free_blocks + pool.num_fenced_blocks:
+                return False  # there will be enough as soon as the step in flight has retired
             victims = self.choose_victims(sequence)
             for victim in victims:
                 self.preempt(victim)
@@ -192,7 +206,8 @@ class Scheduler:
             return
         self.running.remove(sequence)
         self.free_rows += [member.row for member in (sequence, *sequence.followers)]
-        sequence.block_table.release()
+        self.blocks.release(sequence)
+        sequence.drop_unknown_token()
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
         sequence.status = WAITING
@@ -203,9 +218,8 @@ class Scheduler:
 
         Only here do blocks become findable in the prefix cache: the step that wrote them has retired.
         """
-        if batch is not self.batch:
-            raise RuntimeError("update() takes the batch that schedule() returned last.")
-        self.batch = None
+        self.steps.retire(batch)
+        self.blocks.pool.retire(batch.step_id)
         if len(batch.sampling) < len(batch.sequences):
             self._advance_chunks(batch)
         tokens: list[TokenRow] = []
@@ -324,7 +338,7 @@ class Scheduler:
         """All that a running sequence holds goes back; the caller takes it out of `running`."""
         self.choices.orphan_followers(sequence)
         self.free_rows.append(sequence.row)
-        sequence.block_table.release()
+        self.blocks.release(sequence)
         self.forget(sequence)
 
     def _beam_group(self, request_id: str) -> BeamGroup | None:
@@ -353,7 +367,7 @@ class Scheduler:
             num_running=num_running,
             num_waiting=self._num_live - num_running,
             num_free_blocks=pool.num_free_blocks,
-            num_used_blocks=pool.num_used_blocks,
+            num_used_blocks=pool.num_used_blocks + pool.num_fenced_blocks,
         )
 
     def check_integrity(self) -> None:

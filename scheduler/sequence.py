@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from quire.sampling_params import SamplingParams
 from quire.scheduler.block_table import BlockTable
-from quire.scheduler.output import FinishReason
+from quire.scheduler.output import UNKNOWN_TOKEN, FinishReason
 from quire.scheduler.request import Request
 from quire.scheduler.status import RUNNING, WAITING
 
@@ -39,6 +40,7 @@ class Sequence:
         "num_preemptions",
         "num_prompt_tokens",
         "order",
+        "reads_its_tokens",
         "request",
         "request_id",
         "row",
@@ -93,6 +95,8 @@ class Sequence:
         """Most tokens that are guessed in a step; set by the speculator."""
         self.next_review = 0
         """Until so many tokens are computed, a new token needs no look at blocks, followers or length."""
+        self.reads_its_tokens = reads_tokens(params)
+        """Whether the host has to know all tokens before the next one is sampled."""
         self.stop_token_ids = frozenset(params.stop_token_ids)
         # A grammar says by an end of sequence that the output is complete.
         self._ends_with_eos = not params.ignore_eos or params.grammar is not None
@@ -124,6 +128,11 @@ class Sequence:
         if self.token_ids is self.request.prompt_token_ids:
             self.token_ids = list(self.token_ids)
 
+    def drop_unknown_token(self) -> None:
+        """Only what is known is left; nothing happens if everything is."""
+        if self.token_ids[-1] == UNKNOWN_TOKEN:
+            self.token_ids.pop()
+
     def finish_reason(self) -> tuple[FinishReason | None, int | None]:
         """Whether the last token ends the sequence, and which stop token id it was (None for end-of-sequence)."""
         return self.end_at(len(self.token_ids), self.token_ids[-1])
@@ -136,3 +145,14 @@ class Sequence:
         if num_tokens >= self.max_num_tokens:
             return FinishReason.LENGTH, None
         return None, None
+
+
+def reads_tokens(params: SamplingParams) -> bool:
+    """Whether something before the temperature depends on which tokens came before, not only on how many."""
+    return bool(
+        params.grammar is not None
+        or params.repetition_penalty != 1.0
+        or params.presence_penalty
+        or params.frequency_penalty
+        or params.bad_word_token_ids
+    )

@@ -19,6 +19,7 @@ from quire.server.log_probs import LogProbs, join
 from quire.server.prompts import PromptJob, is_echo_only
 from quire.server.responses import ChunkTemplate, Completion, CompletionChoice, EffectiveParams, warnings_for
 from quire.server.schemas import CompletionRequest, StreamOptions
+from quire.server.sinks import AnswerSink, EventSink
 from quire.server.sse import DONE, EventStream, event
 from quire.server.tally import Tally
 
@@ -110,7 +111,8 @@ class Run:
     async def collect(self) -> bytes:
         """The whole answer."""
         plan = self._plan
-        async with aclosing(self._batches(self._keep_at_once)) as batches:
+        sink = AnswerSink(self._keep_at_once, self.tally, plan.context.metrics)
+        async with aclosing(self._batches(sink)) as batches:
             async for batch in batches:
                 for job, delta in batch:
                     self._keep(job, delta)
@@ -134,7 +136,7 @@ class Run:
             choice.log_probs.extend(log_probs)
 
     def _keep_at_once(self, deltas: list[TextDelta]) -> bool:
-        """The sink of a whole answer."""
+        """Take what a step brought into a whole answer, unless the reader is to do it."""
         if not self._is_middle(deltas):
             return False
         for delta in deltas:
@@ -142,7 +144,7 @@ class Run:
         return True
 
     def _write_at_once(self, deltas: list[TextDelta]) -> bool:
-        """The sink of a stream; this, and all that it calls, is run for each token."""
+        """Write what a step brought, unless the reader is to do it."""
         stream = self._stream
         if stream is None or not stream.ready() or not self._is_middle(deltas):
             return False
@@ -162,7 +164,8 @@ class Run:
     async def stream(self, stream: EventStream) -> None:
         """One event per choice and step, one write per step; the last write holds the end."""
         self._stream = stream
-        async with aclosing(self._batches(self._write_at_once)) as batches:
+        sink = EventSink(self._write_at_once, stream.parts, self.tally, self._plan.context.metrics)
+        async with aclosing(self._batches(sink)) as batches:
             async for batch in batches:
                 data = b"".join([self._event(job, delta) for job, delta in batch])
                 if not self.tally.all_finished:

@@ -150,6 +150,11 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="milliseconds between tokens that prompts beside may cause: sizes their chunks by how long steps take "
         "(default: no more than --max-num-batched-tokens)",
     )
+    scheduler.add_argument(
+        "--async-scheduling",
+        action=argparse.BooleanOptionalAction,
+        help="schedule the next step while one runs; ends are noticed a step late (default: on a GPU)",
+    )
     _switch(scheduler, "--enable-chunked-prefill", True, "compute long prompts in chunks")
     scheduler.add_argument(
         "--scheduling-policy", choices=("fcfs", "priority"), default="fcfs", help="(default: %(default)s)"
@@ -255,6 +260,7 @@ def engine_config(flags: argparse.Namespace, model_dir: Path) -> EngineConfig:
         scheduling_policy=flags.scheduling_policy,
         speculative_config=flags.speculative_config,
         num_threads=flags.num_threads,
+        async_scheduling=flags.async_scheduling,
         max_logprobs=flags.max_logprobs,
     )
 

@@ -65,7 +65,10 @@ class Metrics:
         self.decode_time = self._histogram("request_decode_time_seconds", "First to last token", _LATENCY)
         self.request_prompt_tokens = self._histogram("request_prompt_tokens", "Prompt tokens of a request", tokens)
         self.request_generation_tokens = self._histogram("request_generation_tokens", "Tokens of a choice", tokens)
-        self.iteration_tokens = self._histogram("iteration_tokens_total", "Tokens computed in a step", tokens)
+        self.iteration_tokens = LocalHistogram(
+            "vllm:iteration_tokens_total", "Tokens computed in a step", labels, tokens
+        )
+        self.registry.register(self.iteration_tokens)
         client.on_step = self.iteration_tokens.observe
         self.params_n = self._histogram("request_params_n", "Choices asked for", _CHOICES)
         self.params_max_tokens = self._histogram("request_params_max_tokens", "max_tokens asked for", tokens)

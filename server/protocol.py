@@ -84,15 +84,20 @@ class PartWriter:
 
     Good for chunked answers only: those without a Content-Length to a request of HTTP/1.1. Their framing has no state,
     so h11 need not know of the parts; head and end go through it. The caller writes between those two only, and calls
-    `flush` before anything else is written on the connection.
+    `pause` before anything else is written on the connection.
     """
 
-    __slots__ = ("_batch", "_transport", "_unsent")
+    __slots__ = ("_batch", "_transport", "_unsent", "is_free", "last_write")
 
     def __init__(self, transport: asyncio.Transport, batch: PartBatch) -> None:
         self._transport = transport
         self._batch = batch
         self._unsent = b""
+        self.is_free = False
+        """A part was the last that was sent here, and the client had not left much unread: another may be written
+        without asking `ready`, which looks at more."""
+        self.last_write = 0.0
+        """Of parts, in seconds of time.monotonic()."""
 
     def ready(self) -> bool:
         """Whether the client is there and has not left much unread."""
@@ -100,17 +105,32 @@ class PartWriter:
         num_waiting = len(self._unsent) + transport.get_write_buffer_size()
         return num_waiting <= _MAX_WAITING_BYTES and not transport.is_closing()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes, now: float) -> None:
         """Only when ready. data: not empty, for an empty chunk is the end of an answer."""
+        self.last_write = now
+        part = b"%x\r\n%b\r\n" % (len(data), data)
         if not self._unsent:
             self._batch.add(self)
-        self._unsent += b"%x\r\n%b\r\n" % (len(data), data)
+            self._unsent = part
+        else:
+            self._unsent += part
+            self.is_free = False  # several steps wait for their turn: `ready` bounds them
 
     def flush(self) -> None:
         """Send what is written, now; to a client that is gone nothing is sent."""
         unsent, self._unsent = self._unsent, b""
-        if unsent and not self._transport.is_closing():
-            self._transport.write(unsent)
+        if not unsent:
+            return
+        transport = self._transport
+        self.is_free = not transport.is_closing()
+        if self.is_free:
+            transport.write(unsent)
+            self.is_free = transport.get_write_buffer_size() <= _MAX_WAITING_BYTES
+
+    def pause(self) -> None:
+        """Send what is written: something else than a part is to follow."""
+        self.flush()
+        self.is_free = False
 
 
 class QuireProtocol(H11Protocol):

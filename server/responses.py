@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Literal
 
 import msgspec
@@ -13,7 +15,8 @@ from quire.sampling_params import EarlyStopping, SamplingParams
 from quire.server.log_probs import LogProbs, PromptLogProbs
 from quire.server.sse import event
 
-_ENCODER = msgspec.json.Encoder()
+encode_text: Callable[[str], bytes] = msgspec.json.Encoder().encode
+"""A JSON string."""
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
@@ -96,18 +99,24 @@ class Completion(msgspec.Struct, kw_only=True):
 class ChunkTemplate:
     """Encodes chunks of a stream that differ in their text alone: the rest of them is encoded once."""
 
-    __slots__ = ("_after", "_before")
+    __slots__ = ("after", "before")
 
     def __init__(self, chunk: Completion) -> None:
         """chunk: with one choice, whose text is empty."""
         # Inside a JSON string quotes are escaped, so no name or id that a client chose can look like this.
         before, text, after = event(msgspec.json.encode(chunk)).partition(b'"text":""')
-        self._before = before + text[:-2]
-        self._after = after
+        self.before = before + text[:-2]
+        self.after = _one_copy(after)
 
     def fill(self, text: str) -> bytes:
         """The event that tells `text`."""
-        return self._before + _ENCODER.encode(text) + self._after
+        return self.before + encode_text(text) + self.after
+
+
+@lru_cache(maxsize=64)
+def _one_copy(data: bytes) -> bytes:
+    """What most streams have in common is one object, so that caches hold it once."""
+    return data
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:

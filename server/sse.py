@@ -38,45 +38,49 @@ class EventStream:
     __slots__ = (
         "_between_writes",
         "_headers",
+        "_last_write",
         "_lock",
-        "_parts",
         "_send",
         "blocked_since",
         "ended",
-        "last_write",
+        "parts",
         "started",
     )
 
     def __init__(self, send: Send, headers: Sequence[tuple[bytes, bytes]], parts: PartWriter | None = None) -> None:
         self._send = send
-        self._parts = parts
+        self.parts = parts
         self._headers = [*HEADERS, *headers]
         self.started = False
         self.ended = False
-        self.last_write = time.monotonic()
+        self._last_write = time.monotonic()
         self.blocked_since: float | None = None
         """Since when a write has been waiting for the client to read."""
         # Comment lines are written beside the stream itself.
         self._lock = asyncio.Lock()
         self._between_writes = False
 
+    @property
+    def last_write(self) -> float:
+        """Seconds of time.monotonic()."""
+        return self._last_write if self.parts is None else max(self._last_write, self.parts.last_write)
+
     def ready(self) -> bool:
         """Whether `write_part` may be called: the stream has begun, and nothing waits to be written before."""
-        return self._between_writes and self._parts is not None and self._parts.ready()
+        return self._between_writes and self.parts is not None and self.parts.ready()
 
     def write_part(self, data: bytes) -> None:
         """Write in this turn of the event loop; only when ready."""
-        if self._parts is None or not data:
+        if self.parts is None or not data:
             raise RuntimeError("There is nothing to write, or nothing to write to.")
-        self.last_write = time.monotonic()
-        self._parts.write(data)
+        self.parts.write(data, time.monotonic())
 
     async def write(self, data: bytes, *, end: bool = False) -> None:
         """Write, or wait until the client has read enough; if cancelled while it waits, nothing was written."""
         async with self._lock:
-            if self._parts is not None:
-                self._parts.flush()
-            self.last_write = self.blocked_since = time.monotonic()
+            if self.parts is not None:
+                self.parts.pause()
+            self._last_write = self.blocked_since = time.monotonic()
             self._between_writes = False
             try:
                 if not self.started:

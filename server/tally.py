@@ -34,26 +34,34 @@ class ChoiceTally:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
 
+    def add_token(self, num_tokens: int, now: float, metrics: Metrics) -> None:
+        """Account for a token that is neither the first nor the last; `num_tokens` with it, `now` as time.monotonic()
+        says."""
+        metrics.inter_token_latency.observe(now - self.last_token_at)
+        metrics.generation_tokens.inc(1)
+        self.num_tokens = num_tokens
+        self.last_token_at = now
+
 
 class Tally:
     """Of all choices of all prompts, keyed by the index that the answer gives them."""
 
     __slots__ = (
         "_jobs",
+        "_last_progress",
         "_metrics",
         "_n",
         "_num_discarded_tokens",
         "_num_unfinished",
         "begin",
         "choices",
-        "last_progress",
     )
 
     def __init__(self, jobs: list[PromptJob], n: int, metrics: Metrics) -> None:
         self._jobs = jobs
         self._n = n
         self._metrics = metrics
-        self.begin = self.last_progress = time.monotonic()
+        self.begin = self._last_progress = time.monotonic()
         self.choices = [ChoiceTally(index) for index in range(len(jobs) * n)]
         self._num_unfinished = len(self.choices)
         self._num_discarded_tokens = 0
@@ -64,7 +72,7 @@ class Tally:
     def add(self, job: PromptJob, delta: TextDelta) -> ChoiceTally:
         """Account for one delta; its text and token ids are kept by whoever needs them."""
         choice = self.choices[delta.choice_index + job.prompt_index * self._n]
-        now = self.last_progress = time.monotonic()
+        now = self._last_progress = time.monotonic()
         num_new_tokens = delta.num_output_tokens - choice.num_tokens
         if num_new_tokens > 0:
             if choice.num_tokens:
@@ -87,6 +95,11 @@ class Tally:
             self._num_unfinished -= 1
             self._observe_finished(choice)
         return choice
+
+    @property
+    def last_progress(self) -> float:
+        """When something came last, in seconds of time.monotonic()."""
+        return max(self._last_progress, *(choice.last_token_at for choice in self.choices))
 
     @property
     def all_finished(self) -> bool:

@@ -7,7 +7,7 @@ of the table in docs/performance.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -17,9 +17,11 @@ from measuring.gpu_timing import Call
 from quire.kernels.log_probs import log_probs
 from quire.kernels.paged_decode import paged_decode
 from quire.kernels.paged_prefill import paged_prefill
+from quire.kernels.quantization import quantize
 from quire.kernels.rms_norm import rms_norm
 from quire.kernels.rope_kv_write import rope_kv_write
 from quire.kernels.sample import sample
+from quire.kernels.targets import current_target
 
 NUM_COPIES = 4
 """Inputs that calls rotate over: together they are larger than a GPU's second-level cache."""
@@ -85,20 +87,25 @@ REHEARSAL = Scale(num_heads=4, num_kv_heads=2, head_dim=32, vocab_size=499, divi
 
 
 def paged_problems(
-    scale: Scale, query_len: int, seq_lens: Sequence[int], block_size: int, device: torch.device
+    scale: Scale,
+    query_len: int,
+    seq_lens: Sequence[int],
+    block_size: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> list[Paged]:
     """NUM_COPIES times the same lengths, each in caches of its own, in shuffled blocks."""
     num_blocks = [-(-length // block_size) for length in seq_lens]
     problems = []
     for _ in range(NUM_COPIES):
         shape = (2, sum(num_blocks) + 1, scale.num_kv_heads, block_size, scale.head_dim)
-        caches = torch.randn(shape, dtype=torch.bfloat16, device=device)
+        caches = torch.randn(shape, dtype=dtype, device=device)
         block_ids = torch.randperm(sum(num_blocks), dtype=torch.int32) + 1
         tables = torch.zeros((len(seq_lens), max(num_blocks)), dtype=torch.int32)
         for row, ids in zip(tables, block_ids.split(num_blocks), strict=True):
             row[: len(ids)] = ids
         num_tokens = query_len * len(seq_lens)
-        query = torch.randn((num_tokens, scale.num_heads, scale.head_dim), dtype=torch.bfloat16, device=device)
+        query = torch.randn((num_tokens, scale.num_heads, scale.head_dim), dtype=dtype, device=device)
         problems.append(
             Paged(
                 query=query,
@@ -114,13 +121,21 @@ def paged_problems(
     return problems
 
 
+def with_codes(problem: Paged, pages: torch.dtype) -> Paged:
+    """The problem with keys and values as codes of `pages`."""
+    (keys, k_scales), (values, v_scales) = quantize(problem.k_cache, pages), quantize(problem.v_cache, pages)
+    return replace(problem, k_cache=keys, v_cache=values, k_scales=k_scales, v_scales=v_scales)
+
+
 def _each(problems: Sequence[Paged], make: Callable[[Paged], Call]) -> list[Call]:
     return [make(problem) for problem in problems]
 
 
 def decode_call(problem: Paged, window: int | None = None) -> Call:
     p, out = problem, torch.empty_like(problem.query)
-    return lambda: paged_decode(p.query, p.k_cache, p.v_cache, p.block_tables, p.seq_lens, p.scale, window, out)
+    return lambda: paged_decode(
+        *(p.query, p.k_cache, p.v_cache, p.block_tables, p.seq_lens, p.scale, window, out, p.k_scales, p.v_scales)
+    )
 
 
 def prefill_call(problem: Paged, window: int | None = None) -> Call:
@@ -154,6 +169,20 @@ def decode_case(
     calls, peers = _each(problems, decode_call), gpu_peers.attention(problems)
     num_bytes, num_flops = attention_bytes(scale, 1, seq_lens), attention_flops(scale, 1, seq_lens)
     return Case(name, calls, peers, num_bytes, num_flops, goals)
+
+
+def codes_cases(scale: Scale, device: torch.device) -> Iterator[Case]:
+    """Pages of codes beside our own bfloat16 ones, at the lengths of the first case."""
+    seq_lens = [scale.length(4096)] * scale.batch(64)
+    problems = paged_problems(scale, 1, seq_lens, 16, device)
+    peers = {"bfloat16 pages": _each(problems, decode_call)}
+    num_bytes = attention_bytes(scale, 1, seq_lens) // 2 + 4 * sum(seq_lens) * scale.num_kv_heads
+    goals = (Goal("ratio", 1 / 0.60, 1 / 0.53, *peers),)
+    fp8 = current_target(device).fp8
+    for pages in (torch.int8, *([] if fp8 is None or device.type == "cpu" else [fp8])):
+        calls = _each([with_codes(problem, pages) for problem in problems], decode_call)
+        name = f"4 decode, 64 of 4096, pages {str(pages).removeprefix('torch.')}"
+        yield Case(name, calls, peers, num_bytes, 0, goals)
 
 
 def zipf_lengths(count: int, mean: int) -> list[int]:

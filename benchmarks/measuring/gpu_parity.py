@@ -5,13 +5,14 @@ The tests in tests/kernels say far more, and run on a GPU too if there is one; t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 from measuring import gpu_cascade
-from measuring.gpu_cases import EPS, Scale, paged_problems
+from measuring.gpu_cases import EPS, Scale, paged_problems, with_codes
 from quire.kernels.backend import Backend
 from quire.kernels.log_probs import log_probs
 from quire.kernels.paged_decode import paged_decode
@@ -19,6 +20,7 @@ from quire.kernels.paged_prefill import paged_prefill
 from quire.kernels.rms_norm import rms_norm
 from quire.kernels.rope_kv_write import rope_kv_write
 from quire.kernels.sample import sample
+from quire.kernels.targets import current_target
 
 Result = Callable[[Backend], torch.Tensor]
 
@@ -64,7 +66,28 @@ def checks(scale: Scale, device: torch.device, backend: Backend) -> Iterator[Che
             yield _checked(f"prefill, {name}, page {block_size}", prefill, 1e-2, backend)
     for name, compute in gpu_cascade.checks(scale, device):
         yield _checked(name, compute, 1e-2, backend)
+    yield from _codes_checks(scale, device, backend)
     yield from _small_checks(scale, device, backend)
+
+
+def _codes_checks(scale: Scale, device: torch.device, backend: Backend) -> Iterator[Check]:
+    """Pages of codes against float32 attention over what the codes stand for, relative to the largest result."""
+    (problem, *_) = paged_problems(scale, 1, (300, 17, 96), 16, device)
+    fp8 = current_target(device).fp8 if device.type == "cuda" else None
+    for pages in (torch.int8, *([] if fp8 is None else [fp8])):
+        p = with_codes(problem, pages)
+        found = paged_decode(
+            *(p.query, p.k_cache, p.v_cache, p.block_tables, p.seq_lens, p.scale, None, None, p.k_scales, p.v_scales),
+            backend=backend,
+        )
+        caches = ((p.k_cache, p.k_scales), (p.v_cache, p.v_scales))
+        keys, values = (codes.float() * scales.float().unsqueeze(-1) for codes, scales in caches if scales is not None)
+        expected = paged_decode(
+            p.query.float(), keys, values, p.block_tables, p.seq_lens, p.scale, backend="reference"
+        ).double()
+        error = ((found.double() - expected).abs().max() / expected.abs().max()).item()
+        name = f"decode, pages {str(pages).removeprefix('torch.')}, relative"
+        yield Check(name, error if math.isfinite(error) else math.inf, 5e-3)
 
 
 def _small_checks(scale: Scale, device: torch.device, backend: Backend) -> Iterator[Check]:

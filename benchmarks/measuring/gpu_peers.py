@@ -40,6 +40,9 @@ class Paged:
     host_seq_lens: tuple[int, ...]
     query_len: int
     scale: float
+    k_scales: torch.Tensor | None = None
+    """[num_blocks, Hk, block_size] if the caches hold codes, like v_scales."""
+    v_scales: torch.Tensor | None = None
 
     @property
     def query_start(self) -> torch.Tensor:

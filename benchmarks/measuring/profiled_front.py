@@ -25,13 +25,17 @@ from quire.engine.output_processor import OutputProcessor
 from quire.engine.wire import FrameDecoder
 from quire.server.cli import main
 from quire.server.completion_run import Run
+from quire.server.protocol import PartWriter
+from quire.server.sinks import EventSink
 from quire.server.sse import EventStream
 
 BOUNDARIES = (
     (FrameDecoder, "feed", "decode of messages"),
-    (OutputProcessor, "process", "detokenize"),
+    (OutputProcessor, "process_step", "detokenize"),
     (EngineClient, "_handle", "hand out deltas"),
-    (Run, "_event", "events"),
+    (EventSink, "take_text", "events of plain tokens"),
+    (Run, "_event", "other events"),
+    (PartWriter, "flush", "send"),
 )
 
 

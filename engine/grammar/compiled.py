@@ -29,7 +29,7 @@ BASE_BYTES: Final = 64 * 1024
 BYTES_PER_TEXT_BYTE: Final = 64
 _LEXER_BYTES_PER_SECOND: Final = 75_000_000
 """The fastest growth that was measured, in a bounded string over a vocabulary of 128,000."""
-_WARM_SECONDS: Final = 100e-6
+_WARM_SECONDS: Final = 50e-6
 """A mask that takes no longer added little or nothing."""
 
 _STRING_REGEX_COMMENT: Final = re.compile(

@@ -17,6 +17,7 @@ from quire.kernels.paged_prefill.parameters import (
     resident_programs,
 )
 from quire.kernels.paged_prefill.parameters import pieces_bytes as prefill_pieces_bytes
+from quire.kernels.quantization import LARGEST_CODE
 from quire.kernels.targets import Target
 
 
@@ -53,15 +54,14 @@ def pieces_bytes_at_most(
     num_groups: int,
     max_seq_len: int,
     target: Target,
-    *,
-    has_codes: bool,
+    pages: torch.dtype,
 ) -> int:
     """What attention of one layer holds in pieces at most: of so many decodes in so many groups, and of a prefill."""
     heads = (dtype, head_dim, num_heads, num_kv_heads)
-    decode = decode_parameters(*heads, num_seqs, max_seq_len, None, target)
+    decode = decode_parameters(*heads, num_seqs, max_seq_len, None, target, pages)
     prefixes, prefills = [0], [0]
     for number in (2, num_groups):
-        prefix = prefix_parameters(*heads, num_seqs, number, max_seq_len, target, has_codes=has_codes)
+        prefix = prefix_parameters(*heads, num_seqs, number, max_seq_len, target, has_codes=pages in LARGEST_CODE)
         num_head_sets = num_heads // prefix.heads_per_program
         num_items = num_query_tiles(prefix, num_seqs, number)
         prefixes.append(prefill_pieces_bytes(prefix, num_items, num_head_sets, head_dim))

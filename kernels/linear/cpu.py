@@ -10,9 +10,9 @@ import torch
 from quire.kernels.cpu_activation import CODES, NO_ACTIVATION
 from quire.kernels.cpu_elements import int64_pointer, move, pointer_to, take
 from quire.kernels.cpu_epilogue import finish_row
-from quire.kernels.cpu_matrix import AHEAD_STEP, MAX_ROWS, PANEL, PASSES_AHEAD, multiply_panel, new_tile
-from quire.kernels.cpu_ranges import enter_ranges, open_ranges, state_bytes, take_unit
-from quire.kernels.cpu_workers import Worker, new_tensor, scratch
+from quire.kernels.cpu_matrix import MAX_PASSES_AHEAD, MAX_ROWS, PANEL, multiply_panel, new_tile
+from quire.kernels.cpu_ranges import Panels, enter_ranges, open_ranges, state_bytes, take_unit
+from quire.kernels.cpu_workers import Worker, new_tensor, scratch, thread_number_address
 
 if TYPE_CHECKING:
     from quire.kernels.linear import Activation, PackedWeight
@@ -38,7 +38,8 @@ _MIN_PRODUCTS = 65536  # multiplications that are worth a second thread
     GATED,
     NUM_RANGES,
     RANGES,
-) = range(16)
+    THREAD_NUMBER,
+) = range(17)
 
 
 def _prepare(shared: Any) -> None:
@@ -56,7 +57,7 @@ def _multiply(shared: Any) -> None:
     num_blocks = -(-num_rows // _ROWS_PER_UNIT)
     num_units = parameters[NUM_PANELS] * num_blocks
     ranges, num_ranges = int64_pointer(parameters[RANGES]), parameters[NUM_RANGES]
-    thread = enter_ranges(ranges)
+    thread = enter_ranges(ranges, parameters[THREAD_NUMBER])
     unit = take_unit(ranges, num_ranges, thread, num_units)
     while unit < num_units:
         following = take_unit(ranges, num_ranges, thread, num_units)
@@ -67,13 +68,13 @@ def _multiply(shared: Any) -> None:
         num_passes = -(-(end - row) // MAX_ROWS)
         panel_weight = move(weight, panel * parameters[PANEL_STRIDE])
         next_panel = move(weight, following // num_blocks * parameters[PANEL_STRIDE])
-        reads_ahead = following < num_units and num_passes >= PASSES_AHEAD
+        passes_ahead = min(num_passes, MAX_PASSES_AHEAD) if following < num_units and num_passes > 1 else 0
+        part = -(-2 * PANEL // max(passes_ahead, 1))  # of the next panel, for each pair of input features
         while row < end:
             count = -(-(end - row) // num_passes)  # as even as can be
             ahead, step = panel_weight, 0
-            if reads_ahead and num_passes <= PASSES_AHEAD:
-                ahead = move(next_panel, (PASSES_AHEAD - num_passes) * (parameters[PANEL_STRIDE] // PASSES_AHEAD))
-                step = AHEAD_STEP
+            if num_passes <= passes_ahead:
+                ahead, step = move(next_panel, (passes_ahead - num_passes) * part * (depth // 2)), part
             multiply_panel(move(x, row * x_stride), x_stride, count, panel_weight, depth, tile, ahead, step)
             for i in range(count):
                 finish_row(
@@ -110,12 +111,13 @@ def linear(
             *(0, x.data_ptr(), x.stride(0), weight.data.data_ptr(), 0 if bias is None else bias.data_ptr()),
             *(out.data_ptr(), out_dtype == torch.float32 != x.dtype, num_rows, depth, weight.out_features, num_panels),
             *(weight.data.stride(0), NO_ACTIVATION if activation is None else CODES[activation], weight.gated),
-            *(num_threads, scratch(state_bytes(num_threads))),
+            *(num_threads, scratch(state_bytes(num_threads)), thread_number_address()),
         ],
         np.int64,
     )
     is_small = num_rows * num_panels * PANEL * depth < _MIN_PRODUCTS
-    WORKER.run(x.dtype, parameters, 1 if is_small else num_threads)
+    panels = Panels(weight.data.data_ptr(), num_panels, weight.data.stride(0) * weight.data.itemsize)
+    WORKER.run(x.dtype, parameters, 1 if is_small else num_threads, panels)
     return out
 
 

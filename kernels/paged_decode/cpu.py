@@ -35,18 +35,19 @@ _MIN_ELEMENTS = 65536  # elements of keys and values that are worth a second thr
     NUM_THREADS,
     CHUNK_SIZE,
     CHUNKS_PER_UNIT,
+    HEADS_PER_UNIT,  # KV heads
     FIRST_UNITS,  # [S + 1] the first unit of each sequence
     FIRST_PARTIALS,  # [S] the first waiting chunk of each sequence
-    FINISHED,  # [S, Hk] units that are done
-    PARTIALS,  # results of chunks that wait for the last unit of their sequence and head
+    FINISHED,  # [S, Hk / HEADS_PER_UNIT] units that are done
+    PARTIALS,  # results of chunks that wait for the last unit of their sequence and heads
     SCRATCH,  # of each thread
     SCRATCH_SIZE,
-) = range(call.NUM_COMMON, call.NUM_COMMON + 9)
+) = range(call.NUM_COMMON, call.NUM_COMMON + 10)
 
 
 @numba.njit
 def _partial_size(num_heads: int, head_dim: int) -> int:
-    """float32 in the result of a chunk: sums of values [G, padded D], sums of weights [G], largest scores [G]."""
+    """float32 in the result of a chunk: sums of values [H, padded D], sums of weights [H], largest scores [H]."""
     size: int = num_heads * (padded(head_dim) + 2)
     return size
 
@@ -63,7 +64,10 @@ def _chunk_size(block_size: int) -> int:
 
 
 def _prepare(shared: Any) -> None:
-    """Divide the work into units, each a few chunks of one sequence and KV head."""
+    """Divide the work into units, each a few chunks of one sequence, for all KV heads if there is work enough, or one.
+
+    The heads of a block lie side by side, so it is all of them that make a piece of memory worth beginning to read.
+    """
     parameters = int64_pointer(shared)
     num_seqs, num_kv_heads, window = parameters[call.NUM_SEQS], parameters[call.NUM_KV_HEADS], parameters[call.WINDOW]
     num_threads, chunk_size = parameters[NUM_THREADS], parameters[CHUNK_SIZE]
@@ -73,20 +77,21 @@ def _prepare(shared: Any) -> None:
     num_chunks = 0
     for seq in range(num_seqs):
         num_chunks += _chunks(seq_lens[seq], window, chunk_size)[1]
-    if num_threads > 1:
-        num_chunks = num_chunks * num_kv_heads // (num_threads * _UNITS_PER_THREAD)
-    chunks_per_unit = max(1, num_chunks)
-    parameters[CHUNKS_PER_UNIT] = chunks_per_unit
+    num_units = num_threads * _UNITS_PER_THREAD if num_threads > 1 else 1
+    heads_per_unit = num_kv_heads if num_chunks >= 2 * num_units else 1
+    num_groups = num_kv_heads // heads_per_unit
+    chunks_per_unit = max(1, num_chunks * num_groups // num_units)
+    parameters[CHUNKS_PER_UNIT], parameters[HEADS_PER_UNIT] = chunks_per_unit, heads_per_unit
     parameters[call.THREAD] = 0
     first_units[0] = num_partials = 0
     for seq in range(num_seqs):
         _, num_chunks = _chunks(seq_lens[seq], window, chunk_size)
-        first_units[seq + 1] = first_units[seq] + -(-num_chunks // chunks_per_unit) * num_kv_heads
+        first_units[seq + 1] = first_units[seq] + -(-num_chunks // chunks_per_unit) * num_groups
         first_partials[seq] = num_partials
         if num_chunks > chunks_per_unit:
-            num_partials += num_chunks * num_kv_heads
-        for kv_head in range(num_kv_heads):
-            finished[seq * num_kv_heads + kv_head] = 0
+            num_partials += num_chunks * num_groups
+        for group in range(num_groups):
+            finished[seq * num_groups + group] = 0
 
 
 @numba.njit
@@ -96,11 +101,10 @@ def _block(parameters, cache, table, block):  # type: ignore[no-untyped-def]
 
 @numba.njit
 def _multiply_scales(parameters, scales, block_id, first, last, lines, stride):  # type: ignore[no-untyped-def]
-    """lines[head, t] *= the scale of the slot first + t of a block, up to its slot `last`; a no-op without scales."""
-    if scales != 0:
-        factors = move(bfloat16_pointer(scales), np.int64(block_id) * parameters[call.SCALES_BLOCK_STRIDE] + first)
-        for head in range(parameters[call.GROUP_SIZE]):
-            vector.multiply_row(move(lines, head * stride), factors, last - first)
+    """lines[head, t] *= the scale of the slot first + t of a block, up to its slot `last`."""
+    factors = move(bfloat16_pointer(scales), np.int64(block_id) * parameters[call.SCALES_BLOCK_STRIDE] + first)
+    for head in range(parameters[call.GROUP_SIZE]):
+        vector.multiply_row(move(lines, head * stride), factors, last - first)
 
 
 @numba.njit(inline="always")
@@ -114,18 +118,25 @@ def _attend_chunk(  # type: ignore[no-untyped-def]
     block of keys that this thread comes to a chunk later: of this unit, or of the next, which has the blocks of
     `next_table` from `next_block` to `next_last_block`. Blocks are too short for the hardware to see a pattern.
     """
-    num_heads, head_dim = parameters[call.GROUP_SIZE], parameters[call.HEAD_DIM]
-    block_size = parameters[call.BLOCK_SIZE]
-    padded_dim, stride = padded(head_dim), padded(parameters[CHUNK_SIZE])
+    group_size, head_dim = parameters[call.GROUP_SIZE], parameters[call.HEAD_DIM]
+    block_size, num_kv_heads = parameters[call.BLOCK_SIZE], parameters[HEADS_PER_UNIT]
+    head_stride, scales_stride = parameters[call.HEAD_STRIDE], 2 * parameters[call.SCALES_HEAD_STRIDE]
+    padded_dim, stride, num_heads = padded(head_dim), padded(parameters[CHUNK_SIZE]), num_kv_heads * group_size
     first_block, last_block = first // block_size, (last - 1) // block_size
     for block in range(first_block, last_block + 1):
         begin = block * block_size
         low, high = max(first - begin, 0), min(last - begin, block_size)
-        vector.dot_tokens(
-            queries, padded_dim, num_heads, _block(parameters, keys, table, block), head_dim, block_size,
-            low, high, move(scores, begin - start), stride, _block(parameters, values, table, block),
-        )  # fmt: skip
-        _multiply_scales(parameters, k_scales, table[block], low, high, move(scores, begin - start + low), stride)
+        block_keys, block_values = _block(parameters, keys, table, block), _block(parameters, values, table, block)
+        for head in range(num_kv_heads):
+            lines = move(scores, head * group_size * stride + begin - start)
+            vector.dot_tokens(
+                move(queries, head * group_size * padded_dim), padded_dim, group_size,
+                move(block_keys, head * head_stride), head_dim, block_size, low, high,
+                lines, stride, move(block_values, head * head_stride),
+            )  # fmt: skip
+            if k_scales != 0:
+                scales = k_scales + head * scales_stride
+                _multiply_scales(parameters, scales, table[block], low, high, move(lines, low), stride)
 
     low, high = (first - start) // LANES * LANES, padded(last - start)
     for i in range(num_heads * padded_dim):
@@ -148,12 +159,16 @@ def _attend_chunk(  # type: ignore[no-untyped-def]
         else:
             ahead = _block(parameters, next_keys, next_table, min(next_block + later - end_block, next_last_block))
         low, high = max(first - begin, 0), min(last - begin, block_size)
-        weights = move(scores, begin - start + low)
-        _multiply_scales(parameters, v_scales, table[block], low, high, weights, stride)
-        vector.add_weighted(
-            weights, stride, num_heads, move(_block(parameters, values, table, block), low * head_dim), head_dim,
-            high - low, partial, padded_dim, ahead,
-        )  # fmt: skip
+        block_values = move(_block(parameters, values, table, block), low * head_dim)
+        for head in range(num_kv_heads):
+            weights = move(scores, head * group_size * stride + begin - start + low)
+            if v_scales != 0:
+                scales = v_scales + head * scales_stride
+                _multiply_scales(parameters, scales, table[block], low, high, weights, stride)
+            vector.add_weighted(
+                weights, stride, group_size, move(block_values, head * head_stride), head_dim,
+                high - low, move(partial, head * group_size * padded_dim), padded_dim, move(ahead, head * head_stride),
+            )  # fmt: skip
 
 
 @numba.njit
@@ -173,7 +188,7 @@ def _join(total, partial, num_heads, head_dim):  # type: ignore[no-untyped-def]
 
 @numba.njit(inline="always")
 def _blocks(parameters, page, seq, kv_head, part):  # type: ignore[no-untyped-def]
-    """Of the `part`-th unit of a sequence and KV head: its keys' head, block table, first block and last block."""
+    """Of the `part`-th unit of a sequence from a KV head on: its keys' head, block table, first and last block."""
     block_size, chunk_size = parameters[call.BLOCK_SIZE], parameters[CHUNK_SIZE]
     seq_len = np.int64(int32_pointer(parameters[call.SEQ_LENS])[seq])
     first_chunk, _ = _chunks(seq_len, parameters[call.WINDOW], chunk_size)
@@ -189,18 +204,23 @@ def _blocks(parameters, page, seq, kv_head, part):  # type: ignore[no-untyped-de
 def _attend_unit(  # type: ignore[no-untyped-def]
     parameters, shared, page, seq, kv_head, part, units_per_head, scratch, next_seq, next_kv_head, next_part
 ):
-    """The `part`-th unit of a sequence and KV head. Whoever finishes the last one of them joins their chunks."""
-    num_heads, head_dim = parameters[call.GROUP_SIZE], parameters[call.HEAD_DIM]
+    """The `part`-th unit of a sequence, from a KV head on. Whoever finishes the last one joins the chunks of all."""
+    group_size, head_dim, num_kv_heads = (
+        parameters[call.GROUP_SIZE],
+        parameters[call.HEAD_DIM],
+        parameters[HEADS_PER_UNIT],
+    )
+    num_heads, padded_dim = num_kv_heads * group_size, padded(head_dim)
     chunk_size, chunks_per_unit = parameters[CHUNK_SIZE], parameters[CHUNKS_PER_UNIT]
     seq_len = np.int64(int32_pointer(parameters[call.SEQ_LENS])[seq])
     first_position = max(seq_len - parameters[call.WINDOW], 0)
     first_chunk, num_chunks = _chunks(seq_len, parameters[call.WINDOW], chunk_size)
-    partial_size, divisors = _partial_size(num_heads, head_dim), num_heads * padded(head_dim)
+    partial_size, divisors = _partial_size(num_heads, head_dim), num_heads * padded_dim
     queries = float32_pointer(scratch)
-    scores = move(queries, num_heads * padded(head_dim))
+    scores = move(queries, num_heads * padded_dim)
     total = move(scores, num_heads * padded(chunk_size))
     if units_per_head > 1:
-        first_partial = int64_pointer(parameters[FIRST_PARTIALS])[seq] + kv_head * num_chunks
+        first_partial = int64_pointer(parameters[FIRST_PARTIALS])[seq] + kv_head // num_kv_heads * num_chunks
         total = move(float32_pointer(parameters[PARTIALS]), first_partial * partial_size)
 
     keys, table, _, last_block = _blocks(parameters, page, seq, kv_head, part)
@@ -208,7 +228,8 @@ def _attend_unit(  # type: ignore[no-untyped-def]
     values = move(pointer_to(parameters[call.VALUES], page), kv_head * parameters[call.HEAD_STRIDE])
     k_scales = parameters[call.K_SCALES] + 2 * kv_head * parameters[call.SCALES_HEAD_STRIDE]
     v_scales = parameters[call.V_SCALES] + 2 * kv_head * parameters[call.SCALES_HEAD_STRIDE]
-    call.load_queries(parameters, shared, seq, 1, kv_head, queries)
+    for head in range(num_kv_heads):
+        call.load_queries(parameters, shared, seq, 1, kv_head + head, move(queries, head * group_size * padded_dim))
     for chunk in range(part * chunks_per_unit, min((part + 1) * chunks_per_unit, num_chunks)):
         start = (first_chunk + chunk) * chunk_size
         first, last = max(first_position, start), min(seq_len, start + chunk_size)
@@ -236,22 +257,26 @@ def _attend_unit(  # type: ignore[no-untyped-def]
         if units_per_head == 1 and chunk > 0:
             _join(total, partial, num_heads, head_dim)
     if units_per_head > 1:
-        finished = move(int64_pointer(parameters[FINISHED]), seq * parameters[call.NUM_KV_HEADS] + kv_head)
+        group = (seq * parameters[call.NUM_KV_HEADS] + kv_head) // num_kv_heads
+        finished = move(int64_pointer(parameters[FINISHED]), group)
         if take(finished) < units_per_head - 1:
             return
         for chunk in range(1, num_chunks):
             _join(total, move(total, chunk * partial_size), num_heads, head_dim)
-    call.store_results(parameters, shared, seq, 1, kv_head, total, move(total, divisors))
+    for head in range(num_kv_heads):
+        row = head * group_size
+        sums = move(total, row * padded_dim)
+        call.store_results(parameters, shared, seq, 1, kv_head + head, sums, move(total, divisors + row))
 
 
 @numba.njit
-def _locate(first_units, num_kv_heads, seq, unit):  # type: ignore[no-untyped-def]
-    """Sequence (`seq` or a later one), KV head and part of a unit, and how many units such a head has."""
+def _locate(first_units, num_kv_heads, heads_per_unit, seq, unit):  # type: ignore[no-untyped-def]
+    """Sequence (`seq` or a later one), first KV head and part of a unit, and how many units such heads have."""
     while unit >= first_units[seq + 1]:
         seq += 1
-    units_per_head = (first_units[seq + 1] - first_units[seq]) // num_kv_heads
-    kv_head, part = divmod(unit - first_units[seq], units_per_head)
-    return seq, kv_head, part, units_per_head
+    units_per_head = (first_units[seq + 1] - first_units[seq]) * heads_per_unit // num_kv_heads
+    group, part = divmod(unit - first_units[seq], units_per_head)
+    return seq, group * heads_per_unit, part, units_per_head
 
 
 @numba.njit(inline="always")
@@ -261,12 +286,14 @@ def _share_out(shared, page):  # type: ignore[no-untyped-def]
     thread = take(move(parameters, call.THREAD))
     scratch = int64_pointer(parameters[SCRATCH] + 8 * thread * parameters[SCRATCH_SIZE])
     first_units, num_kv_heads = int64_pointer(parameters[FIRST_UNITS]), parameters[call.NUM_KV_HEADS]
-    num_seqs, seq, unit = parameters[call.NUM_SEQS], 0, take(parameters)
+    heads_per_unit, num_seqs = parameters[HEADS_PER_UNIT], parameters[call.NUM_SEQS]
+    seq, unit = 0, take(parameters)
     while unit < first_units[num_seqs]:
-        seq, kv_head, part, units_per_head = _locate(first_units, num_kv_heads, seq, unit)
+        seq, kv_head, part, units_per_head = _locate(first_units, num_kv_heads, heads_per_unit, seq, unit)
         following = take(parameters)
         # The last one has none to follow: then it is itself that is looked for, in the cache already.
-        after = _locate(first_units, num_kv_heads, seq, following if following < first_units[num_seqs] else unit)
+        later = following if following < first_units[num_seqs] else unit
+        after = _locate(first_units, num_kv_heads, heads_per_unit, seq, later)
         _attend_unit(
             parameters, shared, page, seq, kv_head, part, units_per_head, scratch, after[0], after[1], after[2]
         )
@@ -307,8 +334,8 @@ def paged_decode(
     num_threads = 1 if is_small and not is_recording() else torch.get_num_threads()
     chunk_size = _chunk_size(block_size)
     group_size = num_heads // num_kv_heads
-    partial_size = _partial_size.py_func(group_size, head_dim)
-    scratch_size = group_size * (padded.py_func(head_dim) + padded.py_func(chunk_size)) + 2 * partial_size
+    partial_size = _partial_size.py_func(group_size, head_dim)  # for each KV head
+    scratch_size = num_heads * (padded.py_func(head_dim) + padded.py_func(chunk_size)) + 2 * num_kv_heads * partial_size
     scratch_size = -(-scratch_size // 16) * 8
     num_planned = 2 * num_seqs + 1 + num_seqs * num_kv_heads
     max_num_partials = num_seqs * num_kv_heads * -(-max_num_positions // chunk_size)
@@ -320,7 +347,7 @@ def paged_decode(
     common = call.describe(
         query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out, k_scales, v_scales
     )
-    own = (num_threads, chunk_size, 0, first_units, first_partials, finished, partials, memory, scratch_size)
+    own = (num_threads, chunk_size, 0, 0, first_units, first_partials, finished, partials, memory, scratch_size)
     worker = WORKER if k_scales is None else CODES_WORKER
     worker.run(query.dtype, np.array([*common, *own], np.int64), num_threads)
     return out

@@ -316,7 +316,8 @@ def paged_decode(
     max_seq_len = block_tables.shape[1] * block_size
     target = current_target(query.device)
     parameters = decode_parameters(
-        query.dtype, head_dim, num_heads, num_kv_heads, num_seqs, max_seq_len, sliding_window, target
+        *(query.dtype, head_dim, num_heads, num_kv_heads, num_seqs, max_seq_len, sliding_window, target),
+        pages=k_cache.dtype,
     )
     launch(query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out, k_scales, v_scales, parameters)
     return out

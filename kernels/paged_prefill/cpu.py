@@ -20,7 +20,7 @@ _TILE = 64
 token's result depends neither on the chunks nor on the batch."""
 
 _MAX_ROWS = 128  # rows of a tile of queries; a row is one token and one query head
-_TILES_PER_THREAD = 4  # at least so many tiles of queries for each thread, if there are enough tokens
+_TILES_PER_THREAD = 2  # at least so many tiles of queries for each thread, if there are enough tokens
 
 # After the common fields.
 QUERY_START, TOKENS_PER_TILE, MAX_TOKENS_PER_TILE, NUM_THREADS, SCRATCH, SCRATCH_SIZE = range(
@@ -220,7 +220,8 @@ def _prepare(shared: Any) -> None:
     largest = parameters[MAX_TOKENS_PER_TILE]
     num_tiles = parameters[NUM_THREADS] * _TILES_PER_THREAD
     wanted = -(-np.int64(query_start[num_seqs]) * parameters[call.NUM_KV_HEADS] // num_tiles)
-    parameters[TOKENS_PER_TILE] = max(1, min(largest, longest, max(wanted, largest // 4)))
+    most = max(1, min(largest, longest, max(wanted, largest // 4)))
+    parameters[TOKENS_PER_TILE] = -(-longest // max(1, -(-longest // most)))  # as even as can be
     parameters[call.THREAD] = 0
 
 

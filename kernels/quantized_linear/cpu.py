@@ -26,8 +26,8 @@ from quire.kernels.cpu_quantized import (
     new_tile,
     quantize_group,
 )
-from quire.kernels.cpu_ranges import enter_ranges, open_ranges, state_bytes, take_unit
-from quire.kernels.cpu_workers import Worker, new_tensor, scratch
+from quire.kernels.cpu_ranges import Panels, enter_ranges, open_ranges, state_bytes, take_unit
+from quire.kernels.cpu_workers import Worker, new_tensor, scratch, thread_number_address
 
 if TYPE_CHECKING:
     from quire.kernels.linear import Activation
@@ -65,7 +65,8 @@ _ZERO_POINT = ZERO_POINTS[8]
     RANGES,  # the second kernel's work
     OWN,  # as INPUTS and FACTORS, for _OWN_ROWS rows and each thread
     OWN_BYTES,  # of each thread
-) = range(24)
+    THREAD_NUMBER,
+) = range(25)
 
 
 def _prepare_quantize(shared: Any) -> None:
@@ -142,7 +143,7 @@ def _multiply(shared: Any) -> None:
     num_rows, gated, out_features = parameters[NUM_ROWS], parameters[GATED], parameters[OUT_FEATURES]
     features_per_panel = PANEL // 2 if gated else PANEL
     ranges, num_ranges = int64_pointer(parameters[RANGES]), parameters[NUM_RANGES]
-    thread = enter_ranges(ranges)
+    thread = enter_ranges(ranges, parameters[THREAD_NUMBER])
     inputs, factors = parameters[INPUTS], parameters[FACTORS]
     if num_rows <= _OWN_ROWS:
         num_groups = parameters[NUM_GROUPS]
@@ -201,14 +202,15 @@ def quantized_linear(
             *(0 if bias is None else bias.data_ptr(), out.data_ptr(), out_dtype == torch.float32 != x.dtype),
             *(weight.out_features, num_panels, weight.data.stride(0)),
             *(NO_ACTIVATION if activation is None else CODES[activation], weight.gated),
-            *(num_threads, ranges, ranges + state_bytes(num_threads), own_bytes),
+            *(num_threads, ranges, ranges + state_bytes(num_threads), own_bytes, thread_number_address()),
         ],
         np.int64,
     )
     is_small = num_rows * num_panels * PANEL * depth < _MIN_PRODUCTS
     for_products = parameters.copy()  # each kernel has parameters of its own
     QUANTIZE_WORKER.run(x.dtype, parameters, num_threads if num_rows * depth > _MIN_PRODUCTS else 1)
-    MULTIPLY_WORKER.run(x.dtype, for_products, 1 if is_small else num_threads)
+    panels = Panels(weight.data.data_ptr(), num_panels, weight.data.stride(0))
+    MULTIPLY_WORKER.run(x.dtype, for_products, 1 if is_small else num_threads, panels)
     return out
 
 

@@ -9,7 +9,7 @@ import torch
 
 from quire.kernels.cpu_elements import float64_pointer, int64_pointer, move, pointer_to, take
 from quire.kernels.cpu_norm import add_to_row, scale_row, sum_of_squares
-from quire.kernels.cpu_workers import Worker, new_tensor, row_threads
+from quire.kernels.cpu_workers import ALONE, Worker, new_tensor, row_threads
 
 _ROWS_PER_UNIT = 8
 
@@ -28,6 +28,12 @@ _ROWS_PER_UNIT = 8
     DIM,
     EPSILON,  # as float64
 ) = range(12)
+
+
+def _prepare(shared: Any) -> None:
+    parameters = int64_pointer(shared)
+    if parameters[NUM_ROWS] <= _ROWS_PER_UNIT:
+        parameters[TICKET] = ALONE
 
 
 def _normalise(shared: Any) -> None:
@@ -51,7 +57,7 @@ def _normalise(shared: Any) -> None:
         first_row = take(parameters) * _ROWS_PER_UNIT
 
 
-WORKER = Worker(_normalise)
+WORKER = Worker(_normalise, _prepare)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None) -> torch.Tensor:

@@ -19,7 +19,7 @@ from quire.kernels.cpu_elements import (
     write,
 )
 from quire.kernels.cpu_norm import rotate, rotate_scaled, sum_of_squares
-from quire.kernels.cpu_workers import Worker, row_threads
+from quire.kernels.cpu_workers import ALONE, Worker, row_threads
 
 # A call's parameters: their places in the int64 array that its threads share. Strides are in elements.
 (
@@ -65,6 +65,12 @@ def _turn(source, target, cos, sin, rotary_dim, head_dim, normalises, weight, ep
             target[i] = source[i]
 
 
+def _prepare(shared: Any) -> None:
+    parameters = int64_pointer(shared)
+    if parameters[NUM_TOKENS] == 1:
+        parameters[TICKET] = ALONE
+
+
 def _write_tokens(shared: Any) -> None:
     parameters = int64_pointer(shared)
     head_dim, rotary_dim, block_size = parameters[HEAD_DIM], parameters[ROTARY_DIM], parameters[BLOCK_SIZE]
@@ -96,7 +102,7 @@ def _write_tokens(shared: Any) -> None:
         token = take(parameters)
 
 
-WORKER = Worker(_write_tokens)
+WORKER = Worker(_write_tokens, _prepare)
 
 
 def rope_kv_write(

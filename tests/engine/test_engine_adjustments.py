@@ -107,6 +107,11 @@ def make_sampler(num_rows: int) -> Sampler:
     return Sampler(num_rows, GrammarFactory(MODEL_DIR, VOCAB_SIZE, (EOS,)))
 
 
+def sample(sampler: Sampler, logits: torch.Tensor, batch: ScheduledBatch) -> SampledTokens:
+    plan = sampler.plan(batch)
+    return sampler.read(plan, sampler.choose(logits, plan))
+
+
 def with_defaults(options: dict[str, Any]) -> SamplingParams:
     return SamplingParams(**({"max_tokens": 40} | options))
 
@@ -154,7 +159,7 @@ def test_distribution_is_exact(options: dict[str, Any]) -> None:
     batch = make_batch([params] * num_rows + others)
     sampler = make_sampler(16 * (num_rows + len(others)))
     for _ in range(NUM_DRAWS // num_rows):
-        sampled = sampler.sample(make_logits(num_rows + len(others)), batch)
+        sampled = sample(sampler, make_logits(num_rows + len(others)), batch)
         drawn = [token_id for token_id in sampled.token_ids[:num_rows] if token_id is not None]
         assert len(drawn) == num_rows
         observed += np.bincount(drawn, minlength=VOCAB_SIZE)
@@ -183,7 +188,7 @@ def reseed(batch: ScheduledBatch) -> None:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_greedy_takes_the_best_of_what_is_left(options: dict[str, Any]) -> None:
     params = with_defaults(options | {"temperature": 0.0})
-    sampled = make_sampler(64).sample(make_logits(1), make_batch([params]))
+    sampled = sample(make_sampler(64), make_logits(1), make_batch([params]))
     assert sampled.token_ids == [Row(params, make_logits(1)[0].double().numpy()).adjusted().argmax()]
 
 
@@ -193,14 +198,14 @@ def test_penalties_are_those_of_transformers() -> None:
         ids = torch.tensor([PROMPT + OUTPUT])
         expected = transformers.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
         batch = make_batch([with_defaults({"repetition_penalty": penalty, "temperature": 0.0})])
-        make_sampler(64).sample(logits, batch)
+        sample(make_sampler(64), logits, batch)
         assert torch.equal(logits, expected)
     bad_words = [[11, 5, 30], [5, 31], [32]]
     processor = transformers.NoBadWordsLogitsProcessor(bad_words, eos_token_id=torch.tensor([EOS]))
     logits = make_logits(1)
     expected = processor(torch.tensor([PROMPT + OUTPUT]), logits.clone())
     words = tuple(tuple(word) for word in bad_words)
-    make_sampler(64).sample(logits, make_batch([with_defaults({"bad_word_token_ids": words, "temperature": 0.0})]))
+    sample(make_sampler(64), logits, make_batch([with_defaults({"bad_word_token_ids": words, "temperature": 0.0})]))
     assert torch.equal(logits.isinf(), expected.isinf())
 
 
@@ -215,7 +220,7 @@ def test_counts_follow_a_sequence_as_it_grows_and_a_row_that_changes_hands() -> 
             token_ids = sequence.token_ids = PROMPT + [rng.randrange(VOCAB_SIZE) for _ in range(len(token_ids) - 5)]
         logits = make_logits(1, rng.randrange(1000))
         expected = logits[0].double().numpy().copy()
-        sampler.sample(logits, batch)
+        sample(sampler, logits, batch)
         output = token_ids[len(PROMPT) :]
         for token_id in set(token_ids):
             expected[token_id] *= 1 / 1.5 if expected[token_id] > 0 else 1.5
@@ -234,7 +239,7 @@ def test_log_probs_are_of_the_raw_distribution(temperature: float) -> None:
     ]
     logits = make_logits(3)
     expected = logits[0].double().log_softmax(dim=-1)
-    sampled = make_sampler(64).sample(logits, make_batch(all_params))
+    sampled = sample(make_sampler(64), logits, make_batch(all_params))
     assert set(sampled.log_probs) == {0, 2}
     for index, num_top in ((0, 4), (2, 0)):
         found = sampled.log_probs[index]
@@ -248,7 +253,7 @@ def test_nothing_allowed_is_said_and_not_taken_for_a_number_that_is_none() -> No
     logits = make_logits(3)
     logits[1, 20] = torch.nan
     params = with_defaults({"allowed_token_ids": (5,), "bad_word_token_ids": ((5,),)})
-    sampled = make_sampler(64).sample(logits, make_batch([params, params, with_defaults({})]))
+    sampled = sample(make_sampler(64), logits, make_batch([params, params, with_defaults({})]))
     assert sampled.token_ids[:2] == [None, None]
     assert sampled.token_ids[2] is not None
     assert sampled.failures == {0: "no_token_allowed"}
@@ -260,7 +265,7 @@ def test_candidates_of_beams_are_adjusted_log_probabilities() -> None:
     all_params = [with_defaults({}), with_defaults(beam), with_defaults(nothing_left)]
     logits = make_logits(3)
     raw = logits[0].double()
-    sampled: SampledTokens = make_sampler(64).sample(logits, make_batch(all_params))
+    sampled: SampledTokens = sample(make_sampler(64), logits, make_batch(all_params))
     expected = Row(all_params[1], raw.numpy()).adjusted()
     order = np.argsort(-expected)[:6]
     assert sampled.candidates[1].token_ids == order.tolist()

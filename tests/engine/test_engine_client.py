@@ -463,40 +463,81 @@ def test_no_orphan_when_the_front_process_is_killed(harness: Harness) -> None:
         assert time.monotonic() - begin < 2.0
 
 
+class RecordingSink:
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.willing = True
+        self.reader_waits = True
+
+    def take(self, deltas: list[TextDelta]) -> bool:
+        if self.willing:
+            self.texts += [delta.text for delta in deltas]
+        return self.willing
+
+    def take_text(self, text: str, token_id: int, num_output_tokens: int, now: float) -> bool:
+        raise AssertionError("queues take deltas")
+
+
+class BrokenSink(RecordingSink):
+    def take(self, deltas: list[TextDelta]) -> bool:
+        raise RuntimeError("broken")
+
+
 def test_sink_takes_steps_only_while_the_reader_waits_with_nothing_left() -> None:
     async def check() -> None:
-        taken: list[TextDelta] = []
-        willing = True
-
-        def sink(deltas: list[TextDelta]) -> bool:
-            if willing:
-                taken.extend(deltas)
-            return willing
-
+        sink = RecordingSink()
         queue = DeltaQueue(sink)
+        assert not sink.reader_waits
         queue.put([TextDelta(0, "a", [1])])  # nobody waits yet
-        assert taken == []
+        assert sink.texts == []
         assert await queue.get() == [TextDelta(0, "a", [1])]
+        assert not sink.reader_waits
         reader = asyncio.create_task(queue.get())
         await asyncio.sleep(0)
+        assert sink.reader_waits
         queue.put([TextDelta(0, "b", [2])])
-        assert [delta.text for delta in taken] == ["b"]
-        willing = False
+        assert sink.texts == ["b"]
+        sink.willing = False
         queue.put([TextDelta(0, "c", [3])])
-        willing = True
-        queue.put([TextDelta(0, "d", [4])])  # would overtake what the reader has not taken yet
-        assert [delta.text for delta in taken] == ["b"]
+        sink.willing = True
+        assert not sink.reader_waits, "what came now would overtake what the reader has not taken yet"
+        queue.put([TextDelta(0, "d", [4])])
+        assert sink.texts == ["b"]
         assert await reader == [TextDelta(0, "cd", [3, 4])]
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("end", [DeltaQueue.close, lambda queue: queue.fail(RuntimeError("over"))])
+def test_nothing_is_offered_to_the_sink_behind_the_end(end: Any) -> None:
+    async def check() -> None:
+        sink = RecordingSink()
+        queue = DeltaQueue(sink)
+        reader = asyncio.create_task(queue.get())
+        await asyncio.sleep(0)
+        assert sink.reader_waits
+        end(queue)
+        assert not sink.reader_waits
+        await asyncio.gather(reader, return_exceptions=True)
+
+    asyncio.run(check())
+
+
+def test_sink_is_not_told_of_a_reader_that_left() -> None:
+    async def check() -> None:
+        sink = RecordingSink()
+        reader = asyncio.create_task(DeltaQueue(sink).get())
+        await asyncio.sleep(0)
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+        assert not sink.reader_waits
 
     asyncio.run(check())
 
 
 def test_reader_gets_what_a_sink_raises() -> None:
     async def check() -> None:
-        def sink(_: list[TextDelta]) -> bool:
-            raise RuntimeError("broken")
-
-        queue = DeltaQueue(sink)
+        queue = DeltaQueue(BrokenSink())
         reader = asyncio.create_task(queue.get())
         await asyncio.sleep(0)
         assert queue.put([TextDelta(0, "a", [1])])

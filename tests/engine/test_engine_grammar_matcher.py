@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from quire.config import ConfigError
+from quire.engine.grammar import compiled
 from quire.engine.grammar.compiled import BASE_BYTES, CompiledGrammar
 from quire.engine.grammar.factory import GrammarFactory
 from quire.engine.grammar.matcher import GrammarMatcher
@@ -296,12 +297,22 @@ def test_compiled_grammars_are_kept_within_bytes(tokenizer: Tokenizer) -> None:
         assert matcher.is_stopped
 
 
-def test_a_lexer_that_grows_is_charged() -> None:
+def test_a_lexer_that_grows_is_charged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_WARM_SECONDS", 0.0)  # however fast this machine is
     vocabulary = GrammarVocabulary(MODEL_DIR, VOCAB_SIZE, EOS)
-    compiled = CompiledGrammar(vocabulary, Grammar("regex", ".*a.{15}"))
-    before = compiled.num_bytes
-    walk(GrammarMatcher(compiled), seed=0, num_tokens=10)
-    assert compiled.num_bytes > before
+    grammar = CompiledGrammar(vocabulary, Grammar("regex", ".*a.{15}"))
+    before = grammar.num_bytes
+    walk(GrammarMatcher(grammar), seed=0, num_tokens=10)
+    assert grammar.num_bytes > before
+
+
+def test_time_that_adds_no_lexer_state_is_not_charged() -> None:
+    grammar = CompiledGrammar(GrammarVocabulary(MODEL_DIR, VOCAB_SIZE, EOS), Grammar("regex", "a+"))
+    before = grammar.num_bytes
+    grammar.charge(20e-6)
+    assert grammar.num_bytes == before
+    grammar.charge(1e-3)
+    assert grammar.num_bytes == before + 75_000
 
 
 INVALID = [

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quire.engine.delta_queue import DeltaQueue
 from quire.engine.detokenizer import DetokenizerFactory
 from quire.engine.output_processor import OutputProcessor
 from quire.engine.text_delta import TextDelta
 from quire.engine.tokenizer import Tokenizer
 from quire.sampling_params import SamplingParams
-from quire.scheduler.output import FinishReason, StepOutput, TokenLogProbs
+from quire.scheduler.output import FinishReason, StepOutput, StepOutputs, TokenLogProbs
 
 WORDS = ["the ", "king ", "Öl", "日本", "語", "👨‍👩‍👧", "👍🏽", "e\u0301", "\n", " END", "E", "a"]
 
@@ -321,3 +323,117 @@ def test_short_way_of_plain_text_tells_all_that_the_long_way_tells(
         outputs.append(StepOutput("r", 0, token_ids, FinishReason.LENGTH, num_cached_tokens=5, log_probs=scored))
         told.append([processor.process([output]).deltas for output in outputs])
     assert told[0] == told[1]
+
+
+class Reader:
+    """A sink, and the reader behind it; which of them a step reaches is up to the test."""
+
+    def __init__(self) -> None:
+        self.reader_waits = False
+        self.willing = True
+        self.told: list[TextDelta] = []
+        self.num_short = 0
+
+    def take(self, deltas: list[TextDelta]) -> bool:
+        raise AssertionError("the processor hands on text alone")
+
+    def take_text(self, text: str, token_id: int, num_output_tokens: int, now: float) -> bool:
+        assert self.reader_waits
+        if not self.willing:
+            return False
+        self.num_short += 1
+        self.told.append(TextDelta(0, text, [token_id], num_cached_tokens=5, num_output_tokens=num_output_tokens))
+        return True
+
+
+@given(
+    words=st.lists(st.sampled_from(WORDS), min_size=1, max_size=12),
+    kinds=st.lists(st.sampled_from(["row", "refused", "busy", "other", "several"]), min_size=1, max_size=40),
+    skip=st.booleans(),
+)
+def test_tokens_handed_to_a_sink_are_what_the_deltas_would_tell(
+    tokenizer: Tokenizer, words: list[str], kinds: list[str], skip: bool
+) -> None:
+    """Rows that a sink takes, that it refuses, and that come while the reader is busy, mixed with other outputs: within
+    characters too. Beside them a request with two choices, which nobody may hand on."""
+    token_ids = encode(tokenizer, "".join(words) + "👍🏽")
+    params, reader = SamplingParams(max_tokens=None, skip_special_tokens=skip), Reader()
+    processor, plain = OutputProcessor(tokenizer), OutputProcessor(tokenizer)
+    processor.add("r", tokenizer.encode("prompt"), params, DeltaQueue(reader))
+    plain.add("r", tokenizer.encode("prompt"), params)
+    for each in (processor, plain):
+        each.add("two", [5], SamplingParams(n=2))
+    told: list[TextDelta] = []
+    position = num_rows = 0
+    while position < len(token_ids):
+        kind = kinds[position % len(kinds)]
+        size = min(3, len(token_ids) - position) if kind == "several" else 1
+        ids, last = token_ids[position : position + size], position + size == len(token_ids)
+        position += size
+        output = StepOutput("r", 0, ids, FinishReason.LENGTH if last else None, num_cached_tokens=5)
+        two = [("two", choice, ids[0], 0) for choice in (1, 0)]
+        reader.reader_waits, reader.willing = kind != "busy", kind != "refused"
+        is_row = kind in ("row", "refused", "busy") and not last
+        num_rows += is_row and kind == "row"
+        rows, others = ([("r", 0, ids[0], 5)], []) if is_row else ([], [output])
+        step = processor.process_step(StepOutputs([two[0], *rows, two[1], ("stranger", 0, 7, 0)], others))
+        expected = plain.process(StepOutputs(two, [output]))
+        told += expected.deltas["r"]
+        reader.told += step.deltas.get("r", [])
+        assert step.deltas["two"] == expected.deltas["two"]
+        assert (step.finished, step.aborts, list(step.deltas.keys() - {"r"})) == (expected.finished, [], ["two"])
+    assert reader.told == told
+    assert reader.num_short == num_rows
+    assert len(processor) == len(plain) == 1
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(stop=("E",)),
+        SamplingParams(logprobs=0),
+        SamplingParams(prompt_logprobs=0),
+        SamplingParams(n=2),
+        SamplingParams(best_of=2),
+        SamplingParams(best_of=2, use_beam_search=True),
+    ],
+    ids=["stop", "logprobs", "prompt_logprobs", "n", "best_of", "beams"],
+)
+def test_requests_that_tell_more_than_text_have_no_short_way(byte_level: Tokenizer, params: SamplingParams) -> None:
+    processor, reader = OutputProcessor(byte_level), Reader()
+    processor.add("r", [5], params, DeltaQueue(reader))
+    reader.reader_waits = True
+    processor.process_step(StepOutputs([("r", 0, encode(byte_level, "a")[0], 0)]))
+    assert reader.told == []
+
+
+def test_what_a_sink_raises_concerns_its_own_reader_alone(byte_level: Tokenizer) -> None:
+    class Broken(Reader):
+        def take_text(self, text: str, token_id: int, num_output_tokens: int, now: float) -> bool:
+            raise RuntimeError("broken")
+
+    async def check() -> None:
+        processor, sinks = OutputProcessor(byte_level), [Broken(), Reader()]
+        queues = [DeltaQueue(sink) for sink in sinks]
+        for name, queue in zip("rs", queues, strict=True):
+            processor.add(name, [5], SamplingParams(), queue)
+        readers = [asyncio.create_task(queue.get()) for queue in queues]
+        await asyncio.sleep(0)
+        a = encode(byte_level, "a")[0]
+        step = processor.process_step(StepOutputs([("r", 0, a, 0), ("s", 0, a, 0)]))
+        assert (step.deltas, [delta.text for delta in sinks[1].told]) == ({}, ["a"])
+        with pytest.raises(RuntimeError, match="broken"):
+            await readers[0]
+        assert not sinks[0].reader_waits
+        readers[1].cancel()
+
+    asyncio.run(check())
+
+
+def test_request_that_was_removed_is_not_handed_on(byte_level: Tokenizer) -> None:
+    processor, reader = OutputProcessor(byte_level), Reader()
+    processor.add("r", [5], SamplingParams(), DeltaQueue(reader))
+    reader.reader_waits = True
+    processor.remove("r")
+    step = processor.process_step(StepOutputs([("r", 0, encode(byte_level, "a")[0], 0)]))
+    assert (step.deltas, reader.told) == ({}, [])

@@ -23,7 +23,7 @@ WINDOWED = {"mistral": {"sliding_window": 11}}
 PROMPT_LENGTHS = (1, 3, 16, 17, 45, 70)
 CROWDED_LENGTHS = (14, 15, 16, 13, 12, 16)
 """One block each at first and three at the end: more than a pool of CROWDED_BLOCKS holds."""
-CROWDED_BLOCKS = 12
+CROWDED_BLOCKS = 10
 NUM_OUTPUT_TOKENS = 24
 MAX_MODEL_LEN = 128
 

@@ -14,7 +14,7 @@ import transformers
 
 from quire.config import EngineConfig
 from quire.engine.engine import Engine
-from quire.engine.log_prob_pages import LogProbPages
+from quire.engine.log_prob_pages import LogProbEntries, LogProbPages
 from quire.engine.model_runner import ModelOutput
 from quire.engine.prompt_log_probs import MAX_LOGITS_BYTES, log_prob_entries, rows_at_once
 from quire.models.forward_batch import ForwardBatch
@@ -270,9 +270,14 @@ def test_the_warm_test_sees_entries_that_are_not_copied(
     assert score(engine, token_lists) != expected
 
 
+def entries_of(*args: Any) -> tuple[LogProbEntries, torch.Tensor]:
+    log_prob, top_ids, top_log_probs, finite = log_prob_entries(*args)
+    return LogProbEntries(log_prob.numpy(), top_ids.int().numpy(), top_log_probs.numpy()), finite
+
+
 def test_pages_are_copied_and_read_across_blocks() -> None:
     pages, rng = LogProbPages(6, 8, 4), torch.Generator().manual_seed(1)
-    entries, _ = log_prob_entries(torch.randn(20, 30, generator=rng), torch.arange(20), 3, 30, lambda hidden: hidden)
+    entries, _ = entries_of(torch.randn(20, 30, generator=rng), torch.arange(20), 3, 30, lambda hidden: hidden)
     pages.write([5, 2, 3], 3, 23, entries)
     pages.copy_blocks([(2, 4), (5, 1)])
     found = pages.read([1, 4, 3], 4, 23, 2)
@@ -286,7 +291,7 @@ def test_ties_go_to_the_lower_id() -> None:
     logits = values[torch.randint(0, 7, (40, 100), generator=torch.Generator().manual_seed(2))]
     for depth in (0, 1, 7, 20, 64):
         expected = [sorted(range(100), key=lambda i: (-row[i], i))[:depth] for row in logits.tolist()]
-        entries, _ = log_prob_entries(logits, torch.zeros(40, dtype=torch.int64), depth, 100, lambda hidden: hidden)
+        entries, _ = entries_of(logits, torch.zeros(40, dtype=torch.int64), depth, 100, lambda hidden: hidden)
         assert entries.top_token_ids.tolist() == expected
 
 
@@ -302,7 +307,7 @@ def test_logits_are_bounded_and_log_probs_can_be_written_as_json() -> None:
     num_rows = rows_at_once(vocab_size) + 3
     hidden = torch.zeros(num_rows, 1)
     hidden[-1] = torch.nan
-    entries, finite = log_prob_entries(hidden, torch.tensor([7, 8] * 171)[:num_rows], 2, vocab_size, logits)
+    entries, finite = entries_of(hidden, torch.tensor([7, 8] * 171)[:num_rows], 2, vocab_size, logits)
     assert max(sizes) * vocab_size * 4 <= MAX_LOGITS_BYTES
     assert entries.log_prob[:2].tolist() == [0.0, MIN_LOG_PROB]
     assert entries.top_token_ids[0].tolist() == [7, 0]

@@ -15,7 +15,7 @@ import torch
 from quire.config import EngineConfig, SpeculativeConfig
 from quire.engine.engine import Engine
 from quire.engine.sample_rows import SampleRows
-from quire.engine.sampling_options import SampleRow
+from quire.engine.sampling_options import make_row
 from quire.engine.token_masks import ban_tokens
 from quire.engine.tokenizer import Tokenizer
 from quire.sampling_params import SamplingParams
@@ -179,7 +179,7 @@ def test_early_stops_are_masked_by_position() -> None:
 
     logits = torch.zeros(4, 5)
     rows = SampleRows([Asked()] * 4, {1: [7], 2: [7, 7], 3: [7, 7, 7]})  # type: ignore[list-item]
-    asked = [SampleRow(index, Asked(), rows.drafts.get(index, [])) for index in range(4)]  # type: ignore[arg-type]
+    asked = [make_row(index, Asked(), rows.drafts.get(index, [])) for index in range(4)]  # type: ignore[arg-type]
     ban_tokens(logits, asked, set())
     assert logits[:, 2].isinf().tolist() == [True, True, False, False]
     assert rows.positions().tolist() == [3, 4, 5, 6]

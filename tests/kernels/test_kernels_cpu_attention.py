@@ -54,6 +54,11 @@ EITHER = pytest.mark.parametrize(
     ("attend", "shape"),
     [
         pytest.param(run_decode, decode_of(90, 33, 700, num_kv_heads=2, group_size=3), id="decode"),
+        pytest.param(
+            run_decode,
+            decode_of(900, 33, 700, *[130] * 14, num_kv_heads=2, group_size=3),
+            id="decode, heads of a block together, the first sequence in parts",
+        ),
         pytest.param(run_prefill, Shape((20, 33, 150), (90, 33, 300), num_kv_heads=2, group_size=3), id="prefill"),
     ],
 )
@@ -248,7 +253,7 @@ def test_no_sequences(attend: Attend, shape: Shape) -> None:
 def test_offsets_past_2_to_the_31(attend: Attend, shape: Shape, tmp_path: Path) -> None:
     """Blocks and query rows so far apart that 32-bit offsets wrap around (CVE-2026-73558 in vLLM)."""
     lens = (40, 21, 35)
-    query_lens = tuple(min(length, 5) for length in shape.query_lens)
+    query_lens = tuple(min(length, 5) for length in shape.query_lens[: len(lens)])
     problem = make_problem(Shape(query_lens, lens, num_kv_heads=1, head_dim=32), torch.float16, CPU)
     stride = 2**29 + 4096
     far = replace(

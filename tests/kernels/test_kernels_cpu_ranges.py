@@ -22,7 +22,7 @@ def _open(address: int, num_ranges: int) -> None:
 
 @numba.njit
 def _enter(address: int) -> int:
-    return enter_ranges(int64_pointer(address))  # type: ignore[no-any-return]
+    return enter_ranges(int64_pointer(address), 0)  # type: ignore[no-any-return]
 
 
 @numba.njit
@@ -72,7 +72,7 @@ def _open_all(shared: Any) -> None:
 def _count_units(shared: Any) -> None:
     parameters = int64_pointer(shared)
     state, counts, num_units = int64_pointer(parameters[1]), int64_pointer(parameters[2]), parameters[3]
-    thread = enter_ranges(state)
+    thread = enter_ranges(state, 0)
     unit = take_unit(state, 2, thread, num_units)
     while unit < num_units:
         take(move(counts, unit))

@@ -8,14 +8,16 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
 
 from quire.kernels.cpu_elements import int64_pointer, take
 from quire.kernels.cpu_recording import Arena, NotRecordableError, record
+from quire.kernels.cpu_replay import range_ahead
 from quire.kernels.cpu_sized_recording import Sizes, Step, record_for_sizes
-from quire.kernels.cpu_workers import Worker
+from quire.kernels.cpu_workers import ALONE, Worker
 from quire.kernels.linear import PackedWeight, linear, pack
 from quire.kernels.paged_decode import paged_decode
 from quire.kernels.rms_norm import rms_norm
@@ -208,3 +210,45 @@ def test_recording_does_not_import_the_compiler_of_torch() -> None:
         "sys.exit('torch._dynamo' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def _prepare_alone(shared: Any) -> None:
+    int64_pointer(shared)[0] = ALONE
+
+
+@pytest.mark.parametrize("places", [[0], [0, 3], [1, 2], [3], [0, 1, 2, 3]])
+def test_kernels_for_one_thread_run_once_and_in_their_order(places: list[int]) -> None:
+    """With every number of threads; the others run on all, and none of them before or after its turn."""
+    alone, shared, counts = Worker(_count, _prepare_alone), Worker(_count), torch.zeros(2, dtype=torch.int64)
+    with record(Arena()) as recording:
+        for place in range(4):
+            worker = alone if place in places else shared
+            worker.run(torch.float32, np.array([0, 0, counts.data_ptr()], np.int64), 5)
+    for num_threads in (1, 5, 2):
+        counts.zero_()
+        recording.replay(num_threads)
+        assert counts.tolist() == [num_threads * (4 - len(places)) + len(places), 15]
+    counts.zero_()
+    alone.run(torch.float32, np.array([0, 0, counts.data_ptr()], np.int64), 5)
+    assert counts.tolist() == [1, 1]
+
+
+@numba.njit
+def _range_ahead(parameters: int, index: int, thread: int) -> tuple[int, int]:
+    return range_ahead(int64_pointer(parameters), index, thread)  # type: ignore[no-any-return]
+
+
+def test_what_is_asked_for_ahead_is_what_the_thread_reads_next() -> None:
+    """Of the next product, each thread its own range; nothing behind the last one, and never beyond the weight."""
+    weights = [pack(torch.ones(num_features, 64)) for num_features in (64, 640)]
+    x, norm = torch.ones(2, 64), torch.ones(64)
+    with record(Arena()) as recording:
+        for weight in weights:
+            linear(rms_norm(x, norm, 1e-6), weight)
+    for index, weight in enumerate([weights[0].data, weights[1].data, weights[1].data]):
+        begin, num_panels, panel_bytes = weight.data_ptr(), weight.shape[0], weight[0].nbytes
+        for thread in range(5):
+            panels = range(num_panels)[thread * num_panels // 5 : (thread + 1) * num_panels // 5]
+            expected = begin + panels.start * panel_bytes, begin + panels.stop * panel_bytes
+            assert _range_ahead(recording._replay.ctypes.data, index, thread) == expected
+    assert _range_ahead(recording._replay.ctypes.data, 3, 0) == (0, 0)

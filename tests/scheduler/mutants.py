@@ -39,6 +39,9 @@ class Mutant:
     """The class or module that holds the function."""
     function: str
     replacements: tuple[tuple[str, str], ...]
+    first_seed: int = 0
+    """Of the simulations to be run: of a rare event, one that is known to meet it."""
+    num_steps: int = 100
 
     @contextlib.contextmanager
     def planted(self) -> Iterator[None]:
@@ -57,8 +60,10 @@ class Mutant:
             function.__code__ = original
 
 
-def mutant(invariant: str, fault: str, owner: object, function: str, *replacements: tuple[str, str]) -> Mutant:
-    return Mutant(invariant, fault, owner, function, replacements)
+def mutant(
+    invariant: str, fault: str, owner: object, function: str, *replacements: tuple[str, str], **fields: int
+) -> Mutant:
+    return Mutant(invariant, fault, owner, function, replacements, **fields)
 
 
 MUTANTS = [
@@ -81,7 +86,7 @@ MUTANTS = [
         "an ended sequence keeps its blocks",
         Scheduler,
         "end_running",
-        ("sequence.block_table.release()", "pass"),
+        ("self.blocks.release(sequence)", "pass"),
     ),
     mutant("I3", "a released table is not emptied", BlockTable, "release", ("self.block_ids.clear()", "pass")),
     mutant(
@@ -392,17 +397,17 @@ MUTANTS = [
         "nobody waits for what is being computed",
         Prompts,
         "_should_wait",
-        ("any(", "False and any("),
+        ("writers + in_flight", "in_flight"),
     ),
     mutant(
         "I32",
         "prompts come before decodes",
         Scheduler,
         "schedule",
-        ("others = self._schedule_decodes(builder)\n", "others = self.running[:]\n"),
+        ("others = self._schedule_decodes(candidates, builder)\n", "others = candidates[:]\n"),
         (
             "self.prompts.schedule_running(others, builder, budget)\n",
-            "self.prompts.schedule_running(others, builder, budget)\n    self._schedule_decodes(builder)\n",
+            "self.prompts.schedule_running(others, builder, budget)\n    self._schedule_decodes(candidates, builder)\n",
         ),
     ),
     mutant(
@@ -552,7 +557,7 @@ MUTANTS = [
         "beams that die keep their blocks",
         BeamSearch,
         "_reseat",
-        ("seat.block_table.release()", "pass"),
+        ("self._scheduler.blocks.release(seat)", "pass"),
     ),
     mutant(
         "I11",

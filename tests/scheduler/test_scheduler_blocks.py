@@ -107,8 +107,8 @@ def test_a_fork_shares_full_blocks_and_copies_the_partial_one() -> None:
     fork = table.fork(10)
     assert fork.block_ids == [1, 2, 4]
     assert pool.ref_counts[1:5] == [2, 2, 2, 1]
-    assert fork.take_copy() == (3, 4)
-    assert fork.take_copy() is None
+    assert fork.take_copy(0) == (3, 4)
+    assert fork.take_copy(0) is None
     assert pool.ref_counts[1:5] == [2, 2, 1, 1]
 
 
@@ -116,7 +116,7 @@ def test_a_fork_at_a_block_border_copies_nothing() -> None:
     pool = make_pool()
     fork = make_table(pool, 8).fork(8)
     assert fork.block_ids == [1, 2, 3]
-    assert fork.take_copy() is None
+    assert fork.take_copy(0) is None
 
 
 def test_a_fork_of_nothing_shares_nothing() -> None:
@@ -218,3 +218,18 @@ def test_window_arithmetic_matches_its_definition() -> None:
                 seen = [p for p in range(position + 1) if position - p < window]
                 assert first_block_in_window(position, window, block_size) == seen[0] // block_size
                 assert first_block_in_window(position, None, block_size) == 0
+
+
+def test_a_fenced_block_is_free_when_the_newest_step_that_uses_it_has_retired() -> None:
+    pool = make_pool()
+    block_ids = pool.allocate(2)
+    pool.fence(block_ids, 2)
+    pool.fence(block_ids[:1], 1)
+    pool.release(block_ids)
+    assert (pool.num_used_blocks, pool.num_fenced_blocks) == (0, 2)
+    pool.retire(1)
+    assert pool.num_fenced_blocks == 2
+    pool.retire(2)
+    assert pool.num_fenced_blocks == 0
+    assert sorted(pool.free_block_ids()[-2:]) == block_ids
+    pool.check_count()

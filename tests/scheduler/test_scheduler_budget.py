@@ -64,7 +64,7 @@ def test_prompts_that_are_not_long_are_computed_one_after_another() -> None:
     chunks = []
     for _ in range(5):
         chunks.append(computed(schedule(scheduler)))
-        finish_step(scheduler, scheduler.batch)
+        finish_step(scheduler, scheduler.steps.batches[0])
     assert chunks == [{first: 16}] * 4 + [{first: 1, second: 15}]
 
 
@@ -73,7 +73,7 @@ def test_equally_long_prompts_are_computed_one_after_another_and_others_overtake
     first, second = add(scheduler, prompt(1, 80))[0], add(scheduler, prompt(2, 80))[0]
     (short,) = add(scheduler, prompt(3, 6))
     assert computed(schedule(scheduler)) == {first: 10, short: 6}
-    finish_step(scheduler, scheduler.batch)
+    finish_step(scheduler, scheduler.steps.batches[0])
     while second not in scheduler.running:
         assert first.num_output_tokens == 0
         step(scheduler)
@@ -99,6 +99,25 @@ def test_prompts_beside_decodes_are_limited_and_others_are_not() -> None:
     scheduler.prompts.max_num_tokens = 5
     (first,) = add(scheduler, prompt(1, 12))
     (second,) = add(scheduler, prompt(2, 17))
-    assert computed(schedule(scheduler)) == {first: 12, second: 4}
-    finish_step(scheduler, scheduler.batch)
+    assert computed(schedule(scheduler)) == {first: 12}
+    finish_step(scheduler, scheduler.steps.batches[0])
     assert computed(schedule(scheduler)) == {first: 1, second: 5}
+
+
+def test_a_prompt_that_ends_has_the_second_half_of_a_step_for_itself_where_tokens_cost_time() -> None:
+    for cost_time, expected in ((True, {1: 5, 2: 3}), (False, {1: 5, 2: 3, 3: 8})):
+        scheduler = make_scheduler(100, max_num_batched_tokens=16)
+        scheduler.prompts.max_num_tokens = 16 if cost_time else None
+        for number, num_tokens in ((1, 5), (2, 3), (3, 12)):
+            add(scheduler, prompt(number, num_tokens))
+        batch = computed(schedule(scheduler))
+        assert {sequence.token_ids[0] // 1000: num_tokens for sequence, num_tokens in batch.items()} == expected
+
+
+def test_a_prompt_that_goes_on_leaves_nothing_unused_where_tokens_cost_time() -> None:
+    scheduler = make_scheduler(100, max_num_batched_tokens=16)
+    scheduler.prompts.max_num_tokens = 8
+    (first,), (second,) = add(scheduler, prompt(1, 19)), add(scheduler, prompt(2, 30))
+    assert computed(schedule(scheduler)) == {first: 16}
+    finish_step(scheduler, scheduler.steps.batches[0])
+    assert computed(schedule(scheduler)) == {first: 3, second: 13}

@@ -11,7 +11,7 @@ def test_the_others_fork_when_the_leader_has_computed_the_prompt() -> None:
     leader, second, third = add(scheduler, 10, n=3)
     assert schedule(scheduler).sequences == [leader]
     assert scheduler.stats().num_running == 3
-    finish_step(scheduler, scheduler.batch)
+    finish_step(scheduler, scheduler.steps.batches[0])
     outputs = step(scheduler)
     assert [output.choice_index for output in outputs] == [0]
     batch = schedule(scheduler)
@@ -84,9 +84,9 @@ def test_all_choices_are_admitted_together() -> None:
     late = add(scheduler, 3)[0]
     assert schedule(scheduler).sequences == [single]
     assert list(scheduler.waiting) == [leader, late]
-    finish_step(scheduler, scheduler.batch, EOS)
+    finish_step(scheduler, scheduler.steps.batches[0], EOS)
     assert schedule(scheduler).sequences == [leader]
-    finish_step(scheduler, scheduler.batch)
+    finish_step(scheduler, scheduler.steps.batches[0])
     assert schedule(scheduler).sequences == [leader, second, third]
 
 

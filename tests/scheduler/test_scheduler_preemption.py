@@ -41,7 +41,7 @@ def test_a_victim_comes_back_with_its_tokens_and_hits() -> None:
     (second,) = add(scheduler, [*shared, 6, 6, 6], max_tokens=9)
     assert schedule(scheduler).num_scheduled_tokens == [1, 3]
     assert second.block_table.block_ids[:2] == first.block_table.block_ids[:2]
-    finish_step(scheduler, scheduler.batch)
+    finish_step(scheduler, scheduler.steps.batches[0])
     outputs = run(scheduler)
     assert second.num_preemptions == 1
     assert second.num_cached_tokens == 8
@@ -61,7 +61,7 @@ def test_nobody_is_admitted_unless_all_others_keep_a_block_to_grow_into() -> Non
     first, second, third = (add(scheduler, [index] * (8 if index == 0 else 4))[0] for index in range(3))
     assert schedule(scheduler).sequences == [first, second]
     assert scheduler.blocks.pool.num_free_blocks == 2
-    finish_step(scheduler, scheduler.batch)
+    finish_step(scheduler, scheduler.steps.batches[0])
     scheduler.abort(second.request_id)
     assert schedule(scheduler).sequences == [first, third]
 

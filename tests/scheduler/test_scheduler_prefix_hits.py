@@ -33,7 +33,7 @@ def test_a_prefix_that_many_ask_for_at_once_is_computed_once() -> None:
     prefix = list(range(200, 240))
     sequences = [add(scheduler, [*prefix, index, 1, 2])[0] for index in range(8)]
     assert schedule(scheduler).num_scheduled_tokens == [43]
-    finish_step(scheduler, scheduler.batch)
+    finish_step(scheduler, scheduler.steps.batches[0])
     assert schedule(scheduler).num_scheduled_tokens == [1] + [3] * 7
     assert [sequence.num_cached_tokens for sequence in sequences] == [0] + [40] * 7
 
@@ -42,7 +42,7 @@ def test_who_shares_nothing_overtakes_those_that_wait_for_a_prefix() -> None:
     scheduler = make_scheduler(max_num_batched_tokens=30)
     first, second, third = add(scheduler, 10)[0], add(scheduler, 10)[0], add(scheduler, [1, 2, 3])[0]
     assert schedule(scheduler).sequences == [first, third]
-    finish_step(scheduler, scheduler.batch)
+    finish_step(scheduler, scheduler.steps.batches[0])
     assert schedule(scheduler).sequences == [first, third, second]
 
 

@@ -34,6 +34,7 @@ LEAST = {
     "draft rejected": 10000,
     "eviction": 10000,
     "failure behind a wrong draft": 50,
+    "fence lifted": 10000,
     "finish of a beam": 10000,
     "finish of a beam that never was": 1000,
     "finish: error": 1000,
@@ -64,6 +65,10 @@ LEAST = {
     "scoring hit on a copied block": 5000,
     "scoring hit with a window": 1000,
     "sits out a step": 100,
+    "step ahead": 100000,
+    "step of one that has failed in flight": 500,
+    "token that only the device knows": 100000,
+    "waits for a fence": 5000,
     "wrong draft overwritten": 10000,
 }
 

@@ -90,15 +90,18 @@ def test_fcfs_ignores_priorities() -> None:
     assert list(scheduler.waiting) == [first, second]
 
 
-def test_schedule_and_update_alternate() -> None:
+def test_two_steps_at_most_and_in_order() -> None:
     scheduler = make_scheduler()
     add(scheduler, 3)
-    batch = schedule(scheduler)
+    first, second = schedule(scheduler), schedule(scheduler)
     with pytest.raises(RuntimeError):
         scheduler.schedule()
-    finish_step(scheduler, batch)
     with pytest.raises(RuntimeError):
-        finish_step(scheduler, batch)
+        scheduler.update(second, SampledTokens([7]))
+    finish_step(scheduler, first)
+    with pytest.raises(RuntimeError):
+        finish_step(scheduler, first)
+    finish_step(scheduler, second)
 
 
 def test_tokens_must_match_the_rows_that_sample() -> None:

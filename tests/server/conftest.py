@@ -103,6 +103,10 @@ class FakeClient:
     error_step: int = 0
     finish_with_error: bool = False
     num_cached_tokens: int = 0
+    short_way: bool = True
+    """Tokens that bring text alone are offered as such."""
+    num_short: int = 0
+    """Tokens that went the short way."""
     calls: list[dict[str, Any]] = field(default_factory=list)
     num_open: int = 0
     num_steps: int = 0
@@ -148,7 +152,7 @@ class FakeClient:
                 for delta in deltas:
                     delta.text = self.step_text or delta.text
                     delta.started_at = time.monotonic()
-                if sink is None or not sink(deltas):
+                if sink is None or not (self._hand_on(sink, params, deltas) or sink.take(deltas)):
                     yield deltas
                 self.num_steps += 1
                 if finished:
@@ -157,6 +161,16 @@ class FakeClient:
             self.num_open -= 1
             if not finished:
                 self.num_aborted += 1
+
+    def _hand_on(self, sink: Sink, params: SamplingParams, deltas: list[TextDelta]) -> bool:
+        """As the processor of the real client does."""
+        told = params.stop or params.logprobs is not None or params.prompt_logprobs is not None
+        if not self.short_way or told or params.num_sequences > 1 or deltas[0].finish_reason is not None:
+            return False
+        (delta,) = deltas
+        taken = sink.take_text(delta.text, delta.token_ids[0], delta.num_output_tokens, time.monotonic())
+        self.num_short += taken
+        return taken
 
     def _outputs(self, prompt: list[int], params: SamplingParams, step: int) -> list[StepOutput]:
         """Of a beam search only the first choice is known before the end."""

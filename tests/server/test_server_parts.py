@@ -60,13 +60,13 @@ def test_filled_template_is_the_encoded_chunk(text: str) -> None:
 def test_parts_go_out_as_chunks_behind_the_callback_that_wrote_them(new_loop: Any) -> None:
     async def check(transport: asyncio.Transport, client: socket.socket) -> None:
         writer = PartWriter(transport, PartBatch())
-        writer.write(b"a" * 26)
+        writer.write(b"a" * 26, 0.0)
         assert writer.ready()
-        writer.write(b"b")
+        writer.write(b"b", 0.0)
         assert received(client) == b"", "others write first"
         await asyncio.sleep(0.01)
         assert received(client) == b"1a\r\n" + b"a" * 26 + b"\r\n1\r\nb\r\n"
-        writer.write(b"c")
+        writer.write(b"c", 0.0)
         writer.flush()
         assert received(client) == b"1\r\nc\r\n"
         await asyncio.sleep(0.01)
@@ -81,8 +81,8 @@ def test_one_batch_serves_many_answers(new_loop: Any) -> None:
 
         async def check_other(other: asyncio.Transport, other_client: socket.socket) -> None:
             for step in (b"1", b"2"):
-                PartWriter(transport, batch).write(step)
-                PartWriter(other, batch).write(step)
+                PartWriter(transport, batch).write(step, 0.0)
+                PartWriter(other, batch).write(step, 0.0)
                 await asyncio.sleep(0.01)
             assert received(client) == received(other_client) == b"1\r\n1\r\n1\r\n2\r\n"
 
@@ -100,7 +100,7 @@ def test_client_that_does_not_read_makes_the_writer_unready(new_loop: Any) -> No
     async def check(transport: asyncio.Transport, client: socket.socket) -> None:
         writer, num_written = PartWriter(transport, PartBatch()), 0
         while writer.ready():
-            writer.write(b"x" * 4096)
+            writer.write(b"x" * 4096, 0.0)
             num_written += 1
             if num_written % 4 == 0:
                 await asyncio.sleep(0)
@@ -117,11 +117,58 @@ def test_client_that_does_not_read_makes_the_writer_unready(new_loop: Any) -> No
     with_connection(check, new_loop)
 
 
+def test_writer_is_free_while_parts_alone_are_sent_and_read(new_loop: Any) -> None:
+    async def check(transport: asyncio.Transport, client: socket.socket) -> None:
+        writer = PartWriter(transport, PartBatch())
+        assert not writer.is_free, "the head is not out"
+        writer.write(b"a", 1.0)
+        assert not writer.is_free
+        await asyncio.sleep(0.01)
+        assert writer.is_free
+        writer.write(b"b", 2.0)
+        assert writer.is_free
+        writer.write(b"c", 3.0)
+        assert not writer.is_free, "two steps wait for their turn: they are to be bounded"
+        await asyncio.sleep(0.01)
+        assert writer.is_free
+        writer.write(b"d", 4.0)
+        writer.pause()
+        assert received(client) == b"".join(b"1\r\n%b\r\n" % part for part in (b"a", b"b", b"c", b"d"))
+        await asyncio.sleep(0.01)
+        assert not writer.is_free, "something else is being written"
+        assert writer.last_write == 4.0
+
+    with_connection(check, new_loop)
+
+
+def test_writer_is_not_free_while_the_client_does_not_read_nor_once_it_is_gone(new_loop: Any) -> None:
+    async def check(transport: asyncio.Transport, client: socket.socket) -> None:
+        writer, num_written = PartWriter(transport, PartBatch()), 0
+        while num_written == 0 or writer.is_free:
+            writer.write(b"x" * 4096, 0.0)
+            writer.flush()
+            num_written += 1
+            assert num_written < 1000
+        assert 64 * 1024 <= transport.get_write_buffer_size() < 64 * 1024 + 4200
+        while transport.get_write_buffer_size():
+            received(client)
+            await asyncio.sleep(0)
+        writer.write(b"y", 0.0)
+        writer.flush()
+        assert writer.is_free
+        writer.write(b"z", 0.0)
+        transport.abort()
+        writer.flush()
+        assert not writer.is_free
+
+    with_connection(check, new_loop)
+
+
 def test_parts_that_wait_for_their_turn_are_bounded(new_loop: Any) -> None:
     async def check(transport: asyncio.Transport, client: socket.socket) -> None:
         writer, num_written = PartWriter(transport, PartBatch()), 0
         while writer.ready():
-            writer.write(b"x" * 1024)
+            writer.write(b"x" * 1024, 0.0)
             num_written += 1
             assert num_written <= 64
         assert num_written == 64
@@ -132,7 +179,7 @@ def test_parts_that_wait_for_their_turn_are_bounded(new_loop: Any) -> None:
 def test_to_a_client_that_is_gone_nothing_is_sent(new_loop: Any) -> None:
     async def check(transport: asyncio.Transport, client: socket.socket) -> None:
         writer = PartWriter(transport, PartBatch())
-        writer.write(b"late")
+        writer.write(b"late", 0.0)
         transport.abort()
         assert not writer.ready()
         await asyncio.sleep(0.01)

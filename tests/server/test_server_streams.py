@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -46,6 +47,45 @@ def test_each_step_is_one_write(serve: Any, fake_client: Any) -> None:
     assert len(parts) == 5
     assert all(part.count(b"data: {") == 4 for part in parts)
     assert parts[-1].endswith(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("text", ["", "plain", 'quotes " and \\', "\n\t\x00\x1f", "Ö日本👨‍👩‍👧‍👦\u2028", "x" * 70_000])
+@pytest.mark.parametrize("body", [{"stream": True}, {"stream": True, "stream_options": {"include_usage": True}}, {}])
+def test_short_way_of_a_token_tells_what_the_long_way_tells(
+    serve: Any, fake_client: Any, text: str, body: dict[str, Any]
+) -> None:
+    """Byte for byte, and to the metrics too. All tokens but the first two and the last go the short way."""
+    told, counted = [], []
+    for short_way in (True, False):
+        server = serve(fake_client(step_text=text, step_delay=0.005, short_way=short_way))
+        answer = server.complete(max_tokens=8, request_id="same", **body)
+        told.append(re.sub(rb'"created":\d+', b"", answer.content))
+        samples = server.http.get("/metrics").text.splitlines()
+        names = ("vllm:generation_tokens_total", "vllm:inter_token_latency_seconds_count")
+        counted.append([sample for sample in samples if sample.startswith(names)])
+        if not short_way:
+            assert server.client.num_short == 0
+        elif len(text) < 70_000:
+            assert server.client.num_short == 5
+    assert told[0] == told[1]
+    assert counted[0] == counted[1]
+    assert [sample.split()[-1] for sample in counted[0]] == ["7.0", "8.0"]
+
+
+def test_comment_line_between_tokens_that_go_the_short_way(serve: Any, fake_client: Any) -> None:
+    server = serve(fake_client(step_delay=0.01), sse_keep_alive_interval=0.2)
+    text = ""
+    with open_stream(server, max_tokens=40) as response:
+        for part in response.iter_text():
+            text += part
+            silent = text.count(": ping\n\n") < 2 and text.count("data: {") >= 10 * (1 + text.count(": ping\n\n"))
+            server.client.hold = silent
+    events = [event for event in text.split("\n\n") if event.startswith("data: {")]
+    shown = "".join(json.loads(event[6:])["choices"][0]["text"] for event in events)
+    assert shown == server.complete(max_tokens=40).json()["choices"][0]["text"]
+    assert text.count(": ping\n\n") == 2
+    assert server.client.num_short >= 20
+    assert text.endswith("data: [DONE]\n\n")
 
 
 def test_first_token_is_sent_before_the_second_exists(serve: Any, fake_client: Any, eventually: Any) -> None:

@@ -16,12 +16,25 @@ class OrderChecks:
         self._scheduler = scheduler
         self._num_evictions = 0
         self._decoding: list[Sequence] = []
+        self._in_flight: list[tuple[Sequence, int]] = []
+        """Who computes a prompt in the step in flight, and from which token on."""
         self._overtakes: Counter[Sequence] = Counter()
 
-    def before_step(self) -> None:
+    def before_step(self, batches: list[ScheduledBatch]) -> None:
+        """With what is in flight."""
         scheduler = self._scheduler
         self._num_evictions = scheduler.marks["eviction"]
-        self._decoding = [sequence for sequence in scheduler.running if decodes(sequence)]
+        decoding = {sequence: decodes(sequence) for sequence in scheduler.running}
+        self._in_flight = []
+        for batch in batches:
+            for index, (sequence, num_tokens) in enumerate(
+                zip(batch.sequences, batch.num_scheduled_tokens, strict=True)
+            ):
+                if sequence in decoding:
+                    decoding[sequence] = decodes_next(sequence, num_tokens, samples=index in batch.sampling)
+                    if index >= batch.num_decodes:
+                        self._in_flight.append((sequence, sequence.num_computed_tokens))
+        self._decoding = [sequence for sequence, is_decoding in decoding.items() if is_decoding]
 
     def check(self, batch: ScheduledBatch) -> None:
         """I32."""
@@ -50,8 +63,9 @@ class OrderChecks:
         if sequence.scoring_depth is not None:  # its last cached token is computed again
             num_found = (sequence.num_computed_tokens + 1) // block_size
         end = (num_found + 1) * block_size
-        writers = [writer for writer in writers if len(writer.block_keys) > end // block_size]
-        if any(writes_for(writer, sequence, end) for writer in writers) and can_hit(scheduler, sequence, end):
+        starts = [(writer, writer.num_computed_tokens) for writer in writers] + self._in_flight
+        starts = [(writer, start) for writer, start in starts if len(writer.block_keys) > end // block_size]
+        if any(writes_for(*start, sequence, end) for start in starts) and can_hit(scheduler, sequence, end):
             raise InvariantError("I31", f"computes what another does: {sequence}")
         for waiting in scheduler.waiting:
             if waiting.order >= sequence.order:
@@ -69,15 +83,15 @@ class OrderChecks:
         scheduler = self._scheduler
         others = [other for other in batch.sequences if not decodes(other)]
         block_size = scheduler.config.block_size
-        for writer in others:
-            first = writer.num_computed_tokens // block_size
+        for writer, start in [(other, other.num_computed_tokens) for other in others] + self._in_flight:
+            first = start // block_size
             if scheduler.marks["eviction"] == self._num_evictions:
                 missing = [
                     index for index, key in enumerate(waiting.block_keys[1:]) if not is_found(scheduler, key, waiting)
                 ]
                 if scheduler.config.sliding_window is None and missing and missing[0] < first:
                     continue
-            if writes_for(writer, waiting, (first + 1) * block_size) and scheduler.config.enable_prefix_caching:
+            if writes_for(writer, start, waiting, (first + 1) * block_size) and scheduler.config.enable_prefix_caching:
                 return True
         long_from = scheduler.config.max_num_batched_tokens
         if scheduler.prompts.max_num_tokens is not None:
@@ -99,12 +113,23 @@ def is_found(scheduler: WatchedScheduler, key: bytes, sequence: Sequence) -> boo
     return stored is not None and stored >= sequence.scoring_depth
 
 
-def writes_for(writer: Sequence, sequence: Sequence, end: int) -> bool:
-    """Whether the writer has yet to compute all of the block that ends at `end`, with what the sequence has there."""
+def decodes_next(sequence: Sequence, num_tokens: int, *, samples: bool) -> bool:
+    """Whether the step in flight, which computes `num_tokens` of it, leaves it one token to compute, known or not."""
+    if not samples:
+        return sequence.scoring_depth is None and (
+            len(sequence.token_ids) - sequence.num_computed_tokens - num_tokens == 1
+        )
+    if sequence.beam is not None or sequence.scoring_depth is not None or sequence.followers:
+        return False
+    return not sequence.max_num_drafts and len(sequence.token_ids) + 1 < sequence.max_num_tokens
+
+
+def writes_for(writer: Sequence, start: int, sequence: Sequence, end: int) -> bool:
+    """Whether the writer, from token `start` on, computes the block that ends at `end`, with the sequence's content."""
     depth = sequence.scoring_depth
     return (
         writer is not sequence
-        and writer.num_computed_tokens < end <= len(writer.token_ids)
+        and start < end <= len(writer.token_ids)
         and writer.token_ids[:end] == sequence.token_ids[:end]
         and writer.request.cache_salt == sequence.request.cache_salt
         and (depth is None or (writer.scoring_depth is not None and writer.scoring_depth >= depth))

@@ -25,8 +25,8 @@ class Simulation:
         """`num_steps` steps with all events, then only steps until everything has ended."""
         for _ in range(num_steps):
             self.disturb("between steps")
-            self.world.step(self.poison, self.disturb_in_flight)
-        self.world.drain()
+            self.world.step(self.poison, self.disturb_in_flight, ahead=self.rng.random() < self.swarm.ahead)
+        self.world.drain(ahead=self.swarm.ahead == 1.0)
 
     def disturb(self, moment: str) -> None:
         """Submissions, aborts and cache resets: the same at every moment."""

@@ -35,6 +35,8 @@ class WatchedPool(BlockPool):
             raise InvariantError("I21", f"blocks {block_ids} are evicted, {oldest} are the least recently used")
         for block_id in block_ids:
             del self._released[block_id]
+            if any(block_id in used for used in self._ghost.uses):
+                raise InvariantError("I33", f"block {block_id} is handed out, and a step in flight uses it")
             self._ghost.scramble(block_id)
         return block_ids
 
@@ -46,8 +48,16 @@ class WatchedPool(BlockPool):
         block_ids = list(block_ids)
         super().release(block_ids)
         for block_id in block_ids:
-            if self.ref_counts[block_id] == 0:
+            if self.ref_counts[block_id] == 0 and not self.is_fenced(block_id):
                 self._released[block_id] = None
+
+    def retire(self, step_id: int) -> None:
+        fenced = list(self._last_uses)
+        super().retire(step_id)
+        for block_id in fenced:
+            if self.ref_counts[block_id] == 0 and not self.is_fenced(block_id):
+                self._released[block_id] = None
+                self.marks["fence lifted"] += 1
 
 
 class WatchedPrefixCache(PrefixCache):
@@ -104,6 +114,7 @@ class WatchedScheduler(Scheduler):
     def make_room(self, sequence: Sequence, num_tokens: int) -> bool:
         num_preemptions = self._counters.num_preemptions
         done = super().make_room(sequence, num_tokens)
+        self.marks["waits for a fence"] += not done and self.blocks.pool.num_fenced_blocks > 0
         if not done:
             self.sat_out.add(sequence)
         if not done and self._counters.num_preemptions == num_preemptions:

@@ -39,6 +39,8 @@ class Swarm:
     """Probabilities a step."""
     score: float
     """Probability that a request asks for the log-probabilities of its prompt."""
+    ahead: float
+    """Probability that a step is scheduled while one is in flight."""
 
 
 def draw_swarm(rng: random.Random) -> Swarm:
@@ -83,6 +85,7 @@ def draw_swarm(rng: random.Random) -> Swarm:
         beams=rng.choice((0.0, 0.0, 0.2, 0.6)),
         poison=rng.choice((0.0, 0.0, 0.03)),
         score=rng.choice((0.0, 0.0, 0.2, 0.6)),
+        ahead=rng.choice((0.0, 0.0, 0.5, 1.0, 1.0)),
     )
 
 

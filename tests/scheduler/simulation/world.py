@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from quire.config import SchedulerConfig
 from quire.scheduler import invariants
 from quire.scheduler.invariants import InvariantError
-from quire.scheduler.output import FinishReason, ScheduledBatch, StepOutput, StepOutputs
+from quire.scheduler.output import (
+    UNKNOWN_TOKEN,
+    FinishReason,
+    SampledTokens,
+    ScheduledBatch,
+    StepOutput,
+    StepOutputs,
+)
 from quire.scheduler.preemption import MAX_PREEMPTIONS
 from quire.scheduler.request import AdmissionError, Request
 from quire.scheduler.sequence import Sequence
@@ -37,6 +44,15 @@ class Choice:
     token_ids: list[int]
 
 
+@dataclass(slots=True)
+class Flight:
+    """A step between schedule() and update(), which the ghost has computed already."""
+
+    batch: ScheduledBatch
+    sampled: SampledTokens
+    poison: Poison | None
+
+
 class World:
     """`marks` counts what has happened, so that a run can show that it was worth something."""
 
@@ -48,6 +64,8 @@ class World:
         self.marks: Counter[str] = self.scheduler.marks
         self.open: dict[tuple[str, int], Choice] = {}
         """Choices that have had no end yet: neither finished nor aborted."""
+        self.flights: list[Flight] = []
+        """The oldest first."""
         self.order = OrderChecks(self.scheduler)
         self.num_steps = 0
         self.max_preemptions_seen = 0
@@ -88,52 +106,75 @@ class World:
         self,
         poison: Callable[[ScheduledBatch], Poison | None] = lambda batch: None,
         in_flight: Callable[[], None] = lambda: None,
+        *,
+        ahead: bool = False,
     ) -> None:
         """One step with all checks.
 
         Args:
             poison: names values of a sampling sequence of the batch that are not to be finite.
             in_flight: what happens between schedule() and update().
+            ahead: before the step retires another one is scheduled, and stays in flight.
         """
-        scheduler = self.scheduler
-        self.order.before_step()
-        batch = scheduler.schedule()
-        if batch is None:
-            if self.open:
-                raise InvariantError("I17", "there is work and nothing is scheduled")
-            return
-        self.num_steps += 1
-        self._check_scheduled(batch)
-        poisoned = poison(batch)
-        sampled = self.ghost.forward(batch, poisoned)
-        num_computed = self._num_computed(batch, sampled.token_ids)
-        progress = [
-            (sequence, (sequence.num_computed_tokens + num_tokens, sequence.num_preemptions))
-            for sequence, num_tokens in zip(batch.sequences, num_computed, strict=True)
-        ]
-        in_flight()
-        outputs = scheduler.update(batch, sampled)
-        self._take(outputs, poisoned)
-        self._progress.update((sequence, done) for sequence, done in progress if sequence.status is RUNNING)
-        invariants.check_pool(scheduler)
-        self._check_cached_content()
-        self._check_stored_log_probs()
+        if not self.flights:
+            self._launch(poison)
+        if ahead and self.flights:
+            in_flight()
+            self._launch(poison)
+        if self.flights:
+            in_flight()
+            self._retire()
 
-    def drain(self) -> None:
+    def drain(self, *, ahead: bool = False) -> None:
         """Nothing more is submitted: everything must end (I17)."""
-        bound = 16 + sum(
+        bound = 16 + 2 * sum(
             choice.sequence.max_num_tokens * (2 + choice.sequence.num_preemptions) for choice in self.open.values()
         )
         while self.open:
             if bound == 0:
                 raise InvariantError("I17", f"{len(self.open)} choices have not ended")
-            self.step()
+            self.step(ahead=ahead)
             bound -= 1
+        while self.flights:
+            self._retire()
         invariants.check_integrity(self.scheduler)
+
+    def _launch(self, poison: Callable[[ScheduledBatch], Poison | None]) -> None:
+        self.order.before_step([flight.batch for flight in self.flights])
+        batch = self.scheduler.schedule()
+        if batch is None:
+            if self.open and not self.flights:
+                raise InvariantError("I17", "there is work and nothing is scheduled")
+            return
+        self.num_steps += 1
+        self.marks["step ahead"] += bool(self.flights)
+        self.marks["token that only the device knows"] += any(
+            sequence.token_ids[-1] == UNKNOWN_TOKEN for sequence in batch.sequences
+        )
+        self._check_scheduled(batch)
+        poisoned = poison(batch)
+        spoiled = {flight.poison.sequence for flight in self.flights if flight.poison is not None}
+        self.marks["step of one that has failed in flight"] += not spoiled.isdisjoint(batch.sequences)
+        sampled = self.ghost.forward(batch, poisoned, spoiled)
+        num_computed = self._num_computed(batch, sampled.token_ids)
+        for sequence, num_tokens in zip(batch.sequences, num_computed, strict=True):
+            self._progress[sequence] = sequence.num_computed_tokens + num_tokens, sequence.num_preemptions
+        self.flights.append(Flight(batch, sampled, poisoned))
+
+    def _retire(self) -> None:
+        flight = self.flights.pop(0)
+        del self.ghost.uses[0]
+        outputs = self.scheduler.update(flight.batch, flight.sampled)
+        self._take(outputs, flight.poison)
+        invariants.check_pool(self.scheduler)
+        invariants.check_unknown_tokens(self.scheduler)
+        self._check_cached_content()
+        self._check_stored_log_probs()
 
     def _check_scheduled(self, batch: ScheduledBatch) -> None:
         scheduler = self.scheduler
         invariants.check_sequences(scheduler)
+        invariants.check_unknown_tokens(scheduler)
         invariants.check_queues(scheduler)
         invariants.check_prefix_cache(scheduler)
         if self.num_steps % KEYS_EVERY == 0:
