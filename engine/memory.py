@@ -12,7 +12,9 @@ from quire.engine.cuda_runner import GRAPH_BYTES, graph_sizes
 from quire.engine.device import choose_kv_cache_dtype, dtype_name
 from quire.engine.kv_storage import bytes_per_block
 from quire.engine.log_prob_pages import log_prob_bytes_per_block
+from quire.engine.prefix_groups import MAX_GROUPS
 from quire.engine.prompt_log_probs import MAX_LOGITS_BYTES
+from quire.kernels.targets import current_target
 from quire.models.config import ModelConfig
 
 CPU_SHARE_OF_FREE_MEMORY = 0.5
@@ -49,7 +51,8 @@ def plan_memory(
     wanted_len = config.max_model_len or model_config.max_position_embeddings
     activations = activation_bytes(config, model_config, dtype, max_num_seqs, step_budget)
     graphs = 0 if device.type == "cpu" or config.enforce_eager else graph_bytes(model_config, dtype, max_num_seqs)
-    free = free_memory_bytes(device, config.gpu_memory_utilization) - activations - graphs
+    pieces = attention_pieces_bytes(model_config, dtype, kv_dtype, device, max_num_seqs, wanted_len)
+    free = free_memory_bytes(device, config.gpu_memory_utilization) - activations - graphs - pieces
     num_blocks = _number_of_blocks(config, block_bytes, free, max_num_seqs, wanted_len)
     pool_tokens = (num_blocks - 1) * config.block_size
     if pool_tokens < config.block_size and config.kv_cache_memory_bytes is not None:
@@ -72,6 +75,7 @@ def plan_memory(
         f"weights      {_mib(weight_bytes):>12}  {_weight_kind(quantization, dtype)} on {device.type}",
         f"activations  {_mib(activations):>12}  {step_budget} tokens a step, {max_num_seqs} requests",
         *([f"graphs       {_mib(graphs):>12}  of decodes, as they come; --enforce-eager: none"] if graphs else []),
+        *([f"attention    {_mib(pieces):>12}  results in pieces, until they are merged"] if pieces else []),
         f"KV-cache     {_mib(num_blocks * kv_bytes):>12}  {num_blocks - 1} blocks of {config.block_size} = "
         f"{pool_tokens} tokens, {dtype_name(kv_dtype)}",
         f"log-probs    {_mib(num_blocks * log_prob_bytes):>12}  of scored prompts, at most; host memory",
@@ -132,6 +136,26 @@ def graph_bytes(model_config: ModelConfig, dtype: torch.dtype, max_num_seqs: int
     sizes = graph_sizes(max_num_seqs)
     outputs = sum(sizes) * model_config.hidden_size * dtype.itemsize
     return len(sizes) * GRAPH_BYTES + outputs + sizes[-1] * layer_bytes_per_token(model_config, dtype)
+
+
+def attention_pieces_bytes(
+    model_config: ModelConfig,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    device: torch.device,
+    max_num_seqs: int,
+    max_model_len: int,
+) -> int:
+    """What a layer's attention holds on a GPU until the pieces of its results are merged, at most: decodes and what
+    they share, and a prefill in pieces. On a CPU that is little, and part of the activations."""
+    if device.type == "cpu":
+        return 0
+    # Triton is not imported for a CPU.
+    from quire.kernels.cascade_decode.parameters import pieces_bytes_at_most
+
+    heads = (dtype, model_config.head_dim, model_config.num_heads, model_config.num_kv_heads)
+    sizes = (max_num_seqs, MAX_GROUPS + 1, max_model_len)
+    return pieces_bytes_at_most(*heads, *sizes, current_target(device), kv_dtype)
 
 
 def free_memory_bytes(device: torch.device, utilization: float) -> int:

@@ -16,6 +16,8 @@ Int32Array = npt.NDArray[np.int32]
 
 LAUNCH_BYTES = 16 * 2**20
 """What a GPU reads in the time that two more kernels take, about 5 us on an H100: a layer must save so much."""
+MAX_GROUPS = 32
+"""Those that save most: the memory budget has room for the pieces of so many."""
 ROW_PIECES = 3
 """Pieces of a row and head that are written and read again: two of the prefix and the rest."""
 
@@ -107,8 +109,9 @@ class PrefixGroupFinder:
 
     def best_groups(self, block_tables: Int32Array, limits: Int32Array) -> list[Group]:
         """Disjoint groups of rows; none if they save less than they cost. `limits` [S]: blocks that may be shared."""
-        saved, groups = self._best(block_tables, limits, np.arange(len(limits)), 0)
-        return groups if saved > self._costs.launch_bytes else []
+        _, groups = self._best(block_tables, limits, np.arange(len(limits)), 0)
+        groups = sorted(groups, key=self._value_of)[-MAX_GROUPS:]
+        return groups if sum(map(self._value_of, groups)) > self._costs.launch_bytes else []
 
     def _first_column(self, num_rows: int) -> int:
         """The least block that a prefix must reach to pay, even if all rows had it."""
@@ -121,6 +124,9 @@ class PrefixGroupFinder:
     def _value(self, num_rows: int, num_blocks: int) -> int:
         num_saved = (num_rows - 1) * num_blocks * self._block_size
         return num_saved * self._costs.token_bytes - num_rows * self._costs.row_bytes
+
+    def _value_of(self, group: Group) -> int:
+        return self._value(len(group.rows), group.num_blocks)
 
     def _best(
         self, tables: Int32Array, limits: Int32Array, rows: npt.NDArray[np.intp], shared: int

@@ -131,14 +131,14 @@ def _each(problems: Sequence[Paged], make: Callable[[Paged], Call]) -> list[Call
     return [make(problem) for problem in problems]
 
 
-def _decode(problem: Paged, window: int | None = None) -> Call:
+def decode_call(problem: Paged, window: int | None = None) -> Call:
     p, out = problem, torch.empty_like(problem.query)
     return lambda: paged_decode(
         *(p.query, p.k_cache, p.v_cache, p.block_tables, p.seq_lens, p.scale, window, out, p.k_scales, p.v_scales)
     )
 
 
-def _prefill(problem: Paged, window: int | None = None) -> Call:
+def prefill_call(problem: Paged, window: int | None = None) -> Call:
     p, out = problem, torch.empty_like(problem.query)
     starts = torch.arange(len(p.host_seq_lens) + 1, dtype=torch.int32, device=p.query.device) * p.query_len
     return lambda: paged_prefill(
@@ -146,13 +146,13 @@ def _prefill(problem: Paged, window: int | None = None) -> Call:
     )
 
 
-def _attention_bytes(scale: Scale, query_len: int, seq_lens: Sequence[int]) -> int:
+def attention_bytes(scale: Scale, query_len: int, seq_lens: Sequence[int]) -> int:
     """Keys and values once, queries in, results out, of two bytes."""
     kv = 2 * sum(seq_lens) * scale.num_kv_heads * scale.head_dim
     return 2 * (kv + 2 * query_len * len(seq_lens) * scale.num_heads * scale.head_dim)
 
 
-def _attention_flops(scale: Scale, query_len: int, seq_lens: Sequence[int]) -> int:
+def attention_flops(scale: Scale, query_len: int, seq_lens: Sequence[int]) -> int:
     seen = sum(query_len * length - query_len * (query_len - 1) // 2 for length in seq_lens)
     return 4 * seen * scale.num_heads * scale.head_dim
 
@@ -166,8 +166,8 @@ def decode_case(
     block_size: int = 16,
 ) -> Case:
     problems = paged_problems(scale, 1, seq_lens, block_size, device)
-    calls, peers = _each(problems, _decode), gpu_peers.attention(problems)
-    num_bytes, num_flops = _attention_bytes(scale, 1, seq_lens), _attention_flops(scale, 1, seq_lens)
+    calls, peers = _each(problems, decode_call), gpu_peers.attention(problems)
+    num_bytes, num_flops = attention_bytes(scale, 1, seq_lens), attention_flops(scale, 1, seq_lens)
     return Case(name, calls, peers, num_bytes, num_flops, goals)
 
 
@@ -175,12 +175,12 @@ def codes_cases(scale: Scale, device: torch.device) -> Iterator[Case]:
     """Pages of codes beside our own bfloat16 ones, at the lengths of the first case."""
     seq_lens = [scale.length(4096)] * scale.batch(64)
     problems = paged_problems(scale, 1, seq_lens, 16, device)
-    peers = {"bfloat16 pages": _each(problems, _decode)}
-    num_bytes = _attention_bytes(scale, 1, seq_lens) // 2 + 4 * sum(seq_lens) * scale.num_kv_heads
+    peers = {"bfloat16 pages": _each(problems, decode_call)}
+    num_bytes = attention_bytes(scale, 1, seq_lens) // 2 + 4 * sum(seq_lens) * scale.num_kv_heads
     goals = (Goal("ratio", 1 / 0.60, 1 / 0.53, *peers),)
     fp8 = current_target(device).fp8
     for pages in (torch.int8, *([] if fp8 is None or device.type == "cpu" else [fp8])):
-        calls = _each([with_codes(problem, pages) for problem in problems], _decode)
+        calls = _each([with_codes(problem, pages) for problem in problems], decode_call)
         name = f"4 decode, 64 of 4096, pages {str(pages).removeprefix('torch.')}"
         yield Case(name, calls, peers, num_bytes, 0, goals)
 
@@ -203,9 +203,9 @@ def decode_cases(scale: Scale, device: torch.device) -> Iterator[Case]:
     yield decode_case(scale, device, "1b decode, 64 of 4096, page 32", [long] * batch, (), block_size=32)
     far = paged_problems(scale, 1, [scale.length(32_768)] * scale.batch(16), 16, device)
     near = paged_problems(scale, 1, [long] * scale.batch(16), 16, device)
-    peers = {"a context of 4096": _each(near, _decode)}
-    calls = [_decode(problem, window=long) for problem in far]
-    num_bytes = _attention_bytes(scale, 1, [long] * scale.batch(16))
+    peers = {"a context of 4096": _each(near, decode_call)}
+    calls = [decode_call(problem, window=long) for problem in far]
+    num_bytes = attention_bytes(scale, 1, [long] * scale.batch(16))
     yield Case(
         "7 decode, 16 of 32768, window 4096", calls, peers, num_bytes, 0, (Goal("ratio", 1 / 1.15, 1 / 1.05, *peers),)
     )
@@ -233,7 +233,7 @@ def prefill_cases(scale: Scale, device: torch.device) -> Iterator[Case]:
         problems = paged_problems(scale, scale.length(query_len), lens, 16, device)
         sizes = scale, scale.length(query_len), lens
         peers = gpu_peers.attention(problems)
-        yield Case(name, _each(problems, _prefill), peers, _attention_bytes(*sizes), _attention_flops(*sizes), goals)
+        yield Case(name, _each(problems, prefill_call), peers, attention_bytes(*sizes), attention_flops(*sizes), goals)
 
 
 def small_cases(scale: Scale, device: torch.device) -> Iterator[Case]:
@@ -289,9 +289,3 @@ def _sampling_cases(scale: Scale, device: torch.device) -> Iterator[Case]:
     calls = [lambda rows=rows: log_probs(rows, token_ids, 5) for rows in logits]
     peers = {"torch log_softmax + topk": [lambda rows=rows: rows.log_softmax(-1).topk(5) for rows in logits]}
     yield Case("11b log-probabilities, 256 rows, 5 each", calls, peers, 4 * num_rows * vocab_size)
-
-
-def all_cases(scale: Scale, device: torch.device) -> Iterator[Case]:
-    """One after another, so that only one case's inputs exist at a time."""
-    for make in (decode_cases, codes_cases, prefill_cases, small_cases):
-        yield from make(scale, device)

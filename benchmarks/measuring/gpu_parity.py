@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from measuring import gpu_cascade
 from measuring.gpu_cases import EPS, Scale, paged_problems, with_codes
 from quire.kernels.backend import Backend
 from quire.kernels.log_probs import log_probs
@@ -63,6 +64,8 @@ def checks(scale: Scale, device: torch.device, backend: Backend) -> Iterator[Che
                 )
 
             yield _checked(f"prefill, {name}, page {block_size}", prefill, 1e-2, backend)
+    for name, compute in gpu_cascade.checks(scale, device):
+        yield _checked(name, compute, 1e-2, backend)
     yield from _codes_checks(scale, device, backend)
     yield from _small_checks(scale, device, backend)
 

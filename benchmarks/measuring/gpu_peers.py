@@ -66,7 +66,7 @@ def attention(problems: Sequence[Paged]) -> dict[str, Sequence[Call]]:
         "FlashAttention-3": _flash_attention_3,
         "vLLM Triton": _vllm_triton,
     }
-    return _available(makers, problems)
+    return available(makers, problems)
 
 
 def rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> dict[str, Sequence[Call]]:
@@ -81,7 +81,7 @@ def rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps:
     makers = {"torch.compile": compiled, "FlashInfer": flashinfer}
     if not x.is_cuda:  # there the compiler takes longer than all the rest
         del makers["torch.compile"]
-    return _available(makers, range(len(x)))
+    return available(makers, range(len(x)))
 
 
 def sampling(
@@ -104,10 +104,11 @@ def sampling(
 
         return draw
 
-    return _available({"torch, sorted": sorting, "FlashInfer": flashinfer}, list(logits))
+    return available({"torch, sorted": sorting, "FlashInfer": flashinfer}, list(logits))
 
 
-def _available(makers: dict[str, Callable[..., Call]], problems: Sequence[Any]) -> dict[str, Sequence[Call]]:
+def available(makers: dict[str, Callable[..., Call]], problems: Sequence[Any]) -> dict[str, Sequence[Call]]:
+    """Those that can be imported and run once, each with a call for each problem; why not is noted in `absent`."""
     found: dict[str, Sequence[Call]] = {}
     for name, make in makers.items():
         if name in absent:

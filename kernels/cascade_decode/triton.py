@@ -6,25 +6,19 @@ are cut into equal shares. What is behind the prefixes is shared out as in a dec
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
+from quire.kernels.cascade_decode.parameters import prefix_parameters
 from quire.kernels.paged_decode.parameters import DecodeParameters, decode_parameters
 from quire.kernels.paged_decode.triton import add_pieces_of_sequence, launch_split
-from quire.kernels.paged_prefill.parameters import (
-    PrefillParameters,
-    bits_of,
-    num_query_tiles,
-    num_shares_of,
-    prefill_parameters,
-)
+from quire.kernels.paged_prefill.parameters import PrefillParameters, bits_of
 from quire.kernels.paged_prefill.triton_pieces import add_pieces_of_item, launch_partial
 from quire.kernels.paged_prefill.triton_tiles import locate
-from quire.kernels.targets import Target, current_target
+from quire.kernels.targets import current_target
 
 if TYPE_CHECKING:
     from quire.kernels.cascade_decode import PrefixGroups
@@ -100,26 +94,6 @@ def merge_prefix_kernel(
     tl.store(out_at, (acc / total).to(out.dtype.element_ty), mask=dim < HEAD_DIM)
 
 
-def prefix_parameters(
-    dtype: torch.dtype,
-    head_dim: int,
-    num_heads: int,
-    num_kv_heads: int,
-    num_seqs: int,
-    num_groups: int,
-    max_seq_len: int,
-    target: Target,
-    *,
-    has_codes: bool,
-) -> PrefillParameters:
-    """Tiles as large as all rows in one group fill, and shares for as many programs as the device runs at once."""
-    group_size = num_heads // num_kv_heads
-    parameters = prefill_parameters(dtype, head_dim, group_size, num_seqs, target, has_codes=has_codes)
-    num_head_sets = num_kv_heads * triton.cdiv(group_size, parameters.heads_per_program)
-    num_items = num_query_tiles(parameters, num_seqs, num_groups)
-    return replace(parameters, num_shares=num_shares_of(parameters, num_items, num_head_sets, max_seq_len, target))
-
-
 def cascade_decode(
     query: torch.Tensor,
     k_cache: torch.Tensor,
@@ -142,7 +116,7 @@ def cascade_decode(
     launch(
         *(query, k_cache, v_cache, block_tables, seq_lens, groups, scale, out, k_scales, v_scales),
         prefix_parameters(*heads, len(groups.prefix_lens), max_seq_len, target, has_codes=k_scales is not None),
-        decode_parameters(*heads, max_seq_len, None, target),
+        decode_parameters(*heads, max_seq_len, None, target, k_cache.dtype),
     )
     return out
 

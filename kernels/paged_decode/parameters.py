@@ -34,6 +34,11 @@ class DecodeParameters:
     max_registers: int | None = None  # of a thread, on NVIDIA's; unbounded, the compiler would rather spill some
 
 
+def pieces_bytes(parameters: DecodeParameters, num_heads: int, num_seqs: int, head_dim: int) -> int:
+    """What the pieces take until they are merged: float32 results, and a logarithm for each."""
+    return 4 * num_heads * (num_seqs + parameters.num_shares) * (head_dim + 1)
+
+
 def decode_parameters(
     dtype: torch.dtype,
     head_dim: int,

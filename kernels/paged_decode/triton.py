@@ -36,8 +36,7 @@ def seen_tiles(seq_len: tl.tensor, prefix_len: tl.tensor, WINDOW: tl.constexpr, 
     first_position = seq_len * 0
     if WINDOW is not None:
         first_position = tl.maximum(seq_len - WINDOW, 0)
-    if prefix_len is not None:
-        first_position = tl.maximum(first_position, prefix_len)
+    first_position = tl.maximum(first_position, prefix_len)
     first = first_position // BLOCK_N
     return first, tl.where(first_position < seq_len, tl.cdiv(seq_len, BLOCK_N) - first, 0)
 
@@ -54,7 +53,7 @@ def tiles_of_sequences(
     """[BLOCK_S] how many tiles of each sequence are seen."""
     sequence = tl.arange(0, BLOCK_S)
     seq_len = tl.load(seq_lens + sequence, mask=sequence < num_seqs, other=0)
-    prefix_len = prefix_lens
+    prefix_len = 0
     if prefix_lens is not None:
         prefix_len = tl.load(prefix_lens + sequence, mask=sequence < num_seqs, other=0)
     _, tiles = seen_tiles(seq_len, prefix_len, WINDOW, BLOCK_N)
@@ -79,6 +78,7 @@ def _attend(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
     CODE_UNITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -99,7 +99,7 @@ def _attend(
         visible = position < seq_len
         if WINDOW is not None:
             visible = visible & (position >= seq_len - WINDOW)
-        if prefix_len is not None:
+        if HAS_PREFIX:
             visible = visible & (position >= prefix_len)
         # Masked loads give zeros: 0 * NaN of a foreign slot would be NaN.
         block_id = tl.load(table + position // BLOCK_SIZE, mask=visible, other=0).to(tl.int64)
@@ -197,7 +197,7 @@ def split_kernel(
     sequence = first_sequence.to(tl.int64)
     for _ in range(first_sequence, end_sequence):
         seq_len = tl.load(seq_lens + sequence)
-        prefix_len = prefix_lens
+        prefix_len = 0
         if prefix_lens is not None:
             prefix_len = tl.load(prefix_lens + sequence)
         first_tile, num_tiles = seen_tiles(seq_len, prefix_len, WINDOW, BLOCK_N)
@@ -210,7 +210,7 @@ def split_kernel(
             result, lse = _attend(
                 *(q, first_tile + piece_begin, first_tile + piece_end, seq_len, prefix_len, table),
                 *(k_head, v_head, k_head_scales, v_head_scales, scale_log2, CACHE_STRIDE_BLOCK, SCALES_STRIDE_BLOCK),
-                *(HEAD_DIM, BLOCK_SIZE, WINDOW, CODE_UNITS, BLOCK_M, BLOCK_N, BLOCK_D),
+                *(HEAD_DIM, BLOCK_SIZE, WINDOW, prefix_lens is not None, CODE_UNITS, BLOCK_M, BLOCK_N, BLOCK_D),
             )
             is_whole = piece_end - piece_begin == num_tiles
             if prefix_lens is not None:

@@ -123,6 +123,12 @@ def resident_programs(parameters: PrefillParameters, target: Target) -> int:
     return target.num_multiprocessors * (1 if parameters.num_warps > 4 else 2)
 
 
+def pieces_bytes(parameters: PrefillParameters, num_items: int, num_head_sets: int, head_dim: int) -> int:
+    """What the pieces take until they are merged: float32 results, and a logarithm for each row."""
+    num_slots = num_head_sets * (num_items + (parameters.num_shares or 0))
+    return 4 * num_slots * parameters.block_m * (head_dim + 1)
+
+
 def bits_of(num_seqs: int) -> int:
     """Steps in which a program finds its sequence among so many; few values, since each is another compilation."""
     return next(bits for bits in (4, 9, 16, 31) if num_seqs <= 2**bits)

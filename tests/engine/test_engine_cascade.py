@@ -53,9 +53,10 @@ def make_engine(model: Path, costs: CascadeCosts | None, **options: Any) -> Engi
     """One that computes each step as a GPU's does: nothing is recorded, and decodes may be grouped."""
     config = EngineConfig(model=str(model), num_blocks=300, block_size=BLOCK_SIZE, max_num_seqs=16, **options)
     engine = Engine(config)
-    engine._inputs = InputBuilder(64, 16, 512, BLOCK_SIZE, torch.device("cpu"), costs)
-    engine._inputs.memory = None
-    engine._runner = ModelRunner(engine._model, engine._kv.layers, None)
+    inputs = InputBuilder(64, 16, 512, BLOCK_SIZE, torch.device("cpu"), costs)
+    inputs.memory = None
+    engine._executor._inputs = inputs
+    engine._executor._runner = ModelRunner(engine._model, engine._kv.layers, None)
     return engine
 
 

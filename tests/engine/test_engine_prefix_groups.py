@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from quire.engine.prefix_groups import CascadeCosts, Group, PrefixGroupFinder, to_device
+from quire.engine.prefix_groups import MAX_GROUPS, CascadeCosts, Group, PrefixGroupFinder, to_device
 from quire.kernels.cascade_decode import PrefixGroups
 from quire.models.config import ModelConfig
 
@@ -53,11 +53,12 @@ def as_list(groups: PrefixGroups | None) -> list[Group]:
         return []
     starts, rows = groups.group_start.tolist(), groups.rows.tolist()
     lens = groups.prefix_lens.tolist()
-    return [
+    found = [
         Group(rows[starts[group] : starts[group + 1]], length // BLOCK_SIZE)
         for group, length in enumerate(lens)
         if length > 0
     ]
+    return sorted(found, key=lambda group: group.rows)
 
 
 def find(tree: list[Tree], costs: CascadeCosts = FREE) -> list[tuple[list[int], int]]:
@@ -90,6 +91,11 @@ def test_what_costs_more_than_it_saves_is_not_done() -> None:
         (CascadeCosts(100, saved // 4, 0), False),
     ):
         assert bool(find([(8, leaves(4)), *[(3, leaves(1))] * 20], costs)) == pays
+
+
+def test_of_very_many_groups_those_that_save_most_are_taken() -> None:
+    found = find([(length, leaves(2)) for length in range(1, 60)])
+    assert sorted(num_blocks for _, num_blocks in found) == list(range(60 - MAX_GROUPS, 60))
 
 
 def test_the_newest_block_is_in_no_prefix() -> None:

@@ -82,7 +82,7 @@ def test_all_kernels_are_compiled_for_all_targets(report: Report, capsys: pytest
     with capsys.disabled():
         print("\n" + report.table())
     sources = sorted(Path(compile_kernels.__file__).parents[2].glob("kernels/*/triton.py"))
-    assert len(sources) == 12
+    assert len(sources) == 13
     of_logits = {name for op in ("argmax", "sample", "token_bitmask", "log_probs") for name in kernel_names(op)}
     of_fp8 = kernel_names("fp8_linear")
     of_layers = {name for path in sources for name in kernel_names(path.parent.name)} - of_logits - of_fp8
@@ -96,8 +96,10 @@ def test_all_kernels_are_compiled_for_all_targets(report: Report, capsys: pytest
 
 def kernel_names(op: str) -> set[str]:
     """Names of the jit functions of an operation that are launched, not called by others."""
-    members = vars(importlib.import_module(f"quire.kernels.{op}.triton"))
-    return {name for name, value in members.items() if isinstance(value, JITFunction) and name.endswith("_kernel")}
+    folder = Path(compile_kernels.__file__).parents[2] / "kernels" / op
+    modules = [importlib.import_module(f"quire.kernels.{op}.{path.stem}") for path in folder.glob("triton*.py")]
+    members = [member for module in modules for member in vars(module).items()]
+    return {name for name, value in members if isinstance(value, JITFunction) and name.endswith("_kernel")}
 
 
 def test_nothing_spills(report: Report) -> None:
@@ -113,7 +115,10 @@ def test_shared_memory_fits(report: Report) -> None:
     [
         (kernel, expected, arch)
         for kernel, expected in (
-            *(("split_kernel", DECODE_MMA), ("prefill_kernel", PREFILL_MMA), ("scaled_product_kernel", FP8_MMA)),
+            ("split_kernel", DECODE_MMA),
+            ("prefill_kernel", PREFILL_MMA),
+            ("pieces_kernel", PREFILL_MMA),
+            ("scaled_product_kernel", FP8_MMA),
         )
         for arch in expected
     ],
@@ -142,7 +147,8 @@ def test_programs_of_decode_are_all_there_at_once(report: Report) -> None:
 def test_nvidia_loads_are_asynchronous(report: Report) -> None:
     """Keys and values are copied to shared memory while the tile before is computed."""
     for row in report.rows:
-        if row.kernel in ("split_kernel", "prefill_kernel", "scaled_product_kernel") and row.arch.startswith("sm_"):
+        pipelined = ("split_kernel", "prefill_kernel", "pieces_kernel", "scaled_product_kernel")
+        if row.kernel in pipelined and row.arch.startswith("sm_"):
             assert row.mma.get("LDGSTS"), f"{row.case} on {row.arch} does not pipeline its loads"
 
 
