@@ -14,6 +14,8 @@ from measuring.gpu_timing import Call, Replay, medians
 from quire.kernels import launch_tables
 from quire.kernels.paged_decode import parameters as decode
 from quire.kernels.paged_decode import triton as triton_decode
+from quire.kernels.paged_prefill import parameters as prefill
+from quire.kernels.paged_prefill import triton as triton_prefill
 from quire.kernels.targets import current_target
 
 Launch = Mapping[str, int]
@@ -30,9 +32,11 @@ CANDIDATES = {
         "num_stages": (2, 3, 4),
         "resident_programs": (1, 2, 3),
     },
+    "paged_prefill": {"block_m": (64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
 }
 REHEARSED = {
     "paged_decode": {"block_n": (16, 32), "num_warps": (4,), "num_stages": (2,), "resident_programs": (1,)},
+    "paged_prefill": {"block_m": (16,), "block_n": (16, 32), "num_warps": (4,), "num_stages": (2,)},
 }
 
 
@@ -66,20 +70,35 @@ def _call_decode(p: Paged, out: torch.Tensor, launch: Launch) -> Call:
     )
 
 
+def _call_prefill(p: Paged, out: torch.Tensor, launch: Launch) -> Call:
+    group_size, sizes = p.query.shape[1] // p.k_cache.shape[1], (p.query_len, current_target(p.query.device))
+    reasoned = prefill.prefill_parameters(p.query.dtype, p.query.shape[2], group_size, *sizes, p.k_cache.dtype)
+    chosen, starts = replace(reasoned, **launch), p.query_start
+    return lambda: triton_prefill.launch(
+        *(p.query, p.k_cache, p.v_cache, p.block_tables, p.seq_lens, starts, p.scale, None, out),
+        *(p.k_scales, p.v_scales, chosen),
+    )
+
+
 def cases(scale: Scale, device: torch.device) -> Iterator[Tuned]:
-    """Decode attention of 64 sequences of 4096 tokens, by head and by kind of page."""
+    """Decodes of 64 sequences of 4096 tokens and prompts of 4096, by head and by kind of page."""
     target = current_target(device)
     kinds = (None, torch.int8, *([] if target.fp8 is None else [target.fp8]))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16  # the interpreter is wrong in bfloat16
-    for head_dim in (64, 128) if scale.divisor == 1 else (scale.head_dim,):
-        sized = replace(scale, head_dim=head_dim)
-        for pages in kinds:
-            problems = paged_problems(sized, 1, [scale.length(4096)] * scale.batch(64), 16, device, dtype)
-            if pages is not None:
-                problems = [with_codes(p, pages) for p in problems]
-            outputs = [torch.empty_like(p.query) for p in problems]
-            name = launch_tables.case(dtype, head_dim, problems[0].k_cache.dtype)
-            yield Tuned("paged_decode", name, problems, outputs, _call_decode)
+    long = scale.length(4096)
+    for kernel, query_len, batch, call in (
+        ("paged_decode", 1, scale.batch(64), _call_decode),
+        ("paged_prefill", long, scale.batch(4), _call_prefill),
+    ):
+        for head_dim in (64, 128) if scale.divisor == 1 else (scale.head_dim,):
+            sized = replace(scale, head_dim=head_dim)
+            for pages in kinds:
+                problems = paged_problems(sized, query_len, [long] * batch, 16, device, dtype)
+                if pages is not None:
+                    problems = [with_codes(p, pages) for p in problems]
+                outputs = [torch.empty_like(p.query) for p in problems]
+                name = launch_tables.case(dtype, head_dim, problems[0].k_cache.dtype)
+                yield Tuned(kernel, name, problems, outputs, call)
 
 
 def best_launch(tuned: Tuned, device: torch.device, rehearse: bool, seconds: float) -> tuple[Launch, float, float]:

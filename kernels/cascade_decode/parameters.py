@@ -17,7 +17,6 @@ from quire.kernels.paged_prefill.parameters import (
     resident_programs,
 )
 from quire.kernels.paged_prefill.parameters import pieces_bytes as prefill_pieces_bytes
-from quire.kernels.quantization import LARGEST_CODE
 from quire.kernels.targets import Target
 
 
@@ -30,8 +29,7 @@ def prefix_parameters(
     num_groups: int,
     max_seq_len: int,
     target: Target,
-    *,
-    has_codes: bool,
+    pages: torch.dtype,
 ) -> PrefillParameters:
     """Tiles that a group of usual size fills, and shares for as many programs as the device runs at once.
 
@@ -39,7 +37,7 @@ def prefix_parameters(
     """
     group_size = num_heads // num_kv_heads
     num_rows = triton.cdiv(num_seqs, max(1, num_groups - 1))
-    parameters = prefill_parameters(dtype, head_dim, group_size, num_rows, target, has_codes=has_codes)
+    parameters = prefill_parameters(dtype, head_dim, group_size, num_rows, target, pages)
     num_head_sets = num_kv_heads * triton.cdiv(group_size, parameters.heads_per_program)
     num_items = num_query_tiles(parameters, num_seqs, num_groups)
     return replace(parameters, num_shares=num_shares_of(parameters, num_items, num_head_sets, max_seq_len, target))
@@ -61,7 +59,7 @@ def pieces_bytes_at_most(
     decode = decode_parameters(*heads, num_seqs, max_seq_len, None, target, pages)
     prefixes, prefills = [0], [0]
     for number in (2, num_groups):
-        prefix = prefix_parameters(*heads, num_seqs, number, max_seq_len, target, has_codes=pages in LARGEST_CODE)
+        prefix = prefix_parameters(*heads, num_seqs, number, max_seq_len, target, pages)
         num_head_sets = num_heads // prefix.heads_per_program
         num_items = num_query_tiles(prefix, num_seqs, number)
         prefixes.append(prefill_pieces_bytes(prefix, num_items, num_head_sets, head_dim))

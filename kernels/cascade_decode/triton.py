@@ -115,7 +115,7 @@ def cascade_decode(
     heads = (query.dtype, head_dim, num_heads, num_kv_heads, num_seqs)
     launch(
         *(query, k_cache, v_cache, block_tables, seq_lens, groups, scale, out, k_scales, v_scales),
-        prefix_parameters(*heads, len(groups.prefix_lens), max_seq_len, target, has_codes=k_scales is not None),
+        prefix_parameters(*heads, len(groups.prefix_lens), max_seq_len, target, k_cache.dtype),
         decode_parameters(*heads, max_seq_len, None, target, k_cache.dtype),
     )
     return out

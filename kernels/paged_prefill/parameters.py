@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 
+from quire.kernels import launch_tables
+from quire.kernels.quantization import LARGEST_CODE
 from quire.kernels.targets import Target
 
 MAX_HEADS_PER_PROGRAM = 16
@@ -48,10 +50,11 @@ def prefill_parameters(
     group_size: int,
     max_query_len: int,
     target: Target,
-    *,
-    has_codes: bool = False,
+    pages: torch.dtype | None = None,
 ) -> PrefillParameters:
     """The largest tiles that spill no register on the targets that the tests compile for.
+
+    For all but a few rows, what was measured on the target for these `pages` (by default of `dtype`) goes before them.
 
     Rows of 64 and more let Hopper use its wgmma; GPUs without such instructions hold the tiles in registers. float32
     multiplies without tensor cores, so its tiles are small: it is there to compare with, not to be fast.
@@ -71,10 +74,10 @@ def prefill_parameters(
     else:
         is_wide = target.vendor == "cuda" and has_large_mma and block_d <= 64
         block_m, block_n, num_warps = 128, (128 if is_wide else 64), 8
-    if has_codes and block_n > 16 and not (target.arch == 90 and block_d <= 128):
+    if pages in LARGEST_CODE and block_n > 16 and not (target.arch == 90 and block_d <= 128):
         # Codes on their way to query's dtype take registers.
         block_n //= 4 if target.vendor == "hip" and block_d == 128 else 2
-    return PrefillParameters(
+    reasoned = PrefillParameters(
         heads_per_program=heads_per_program,
         block_m=block_m,
         block_n=block_n,
@@ -82,6 +85,10 @@ def prefill_parameters(
         num_warps=num_warps,
         num_stages=num_stages,
     )
+    if is_short:
+        return reasoned
+    case = launch_tables.case(dtype, head_dim, pages or dtype)
+    return replace(reasoned, **launch_tables.measured("paged_prefill", case, target))
 
 
 def num_piece_shares(

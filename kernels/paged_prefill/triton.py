@@ -121,7 +121,7 @@ def paged_prefill(
         return out
     target = current_target(query.device)
     parameters = prefill_parameters(
-        *(query.dtype, head_dim, num_heads // k_cache.shape[1], max_query_len, target), has_codes=k_scales is not None
+        *(query.dtype, head_dim, num_heads // k_cache.shape[1], max_query_len, target, k_cache.dtype)
     )
     num_shares = num_piece_shares(
         *(parameters, num_tokens, seq_lens.shape[0], num_heads // parameters.heads_per_program),

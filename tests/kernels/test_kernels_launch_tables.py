@@ -12,6 +12,7 @@ import torch
 from quire.kernels import launch_tables
 from quire.kernels.launch_tables import Entry, Table
 from quire.kernels.paged_decode.parameters import DecodeParameters, decode_parameters
+from quire.kernels.paged_prefill.parameters import prefill_parameters
 from quire.kernels.targets import A100, H100
 
 LAUNCH = {"block_n": 128, "num_warps": 8, "num_stages": 4, "resident_programs": 1}
@@ -45,6 +46,17 @@ def test_other_cases_and_targets_go_by_the_rules(table_of_h100: Path) -> None:
     assert (reasoned.block_n, reasoned.num_warps) == (64, 4)
     assert decode_on(A100, torch.int8).block_n == decode_on(A100, None).block_n
     assert launch_tables.measured("paged_prefill", CASE, H100) == {}
+
+
+def test_prefill_is_launched_as_measured_unless_it_is_short(table_of_h100: Path) -> None:
+    launch = {"block_m": 64, "block_n": 32, "num_warps": 4, "num_stages": 3}
+    entries = {"paged_prefill": {"bfloat16, head 128, pages bfloat16": Entry(launch, 80.0, 100.0)}}
+    launch_tables.write(table_of_h100, Table({}, entries))
+    launch_tables._table.cache_clear()
+    found = prefill_parameters(torch.bfloat16, 128, 4, 512, H100)
+    assert (found.block_m, found.block_n, found.num_warps, found.num_stages) == (64, 32, 4, 3)
+    assert prefill_parameters(torch.bfloat16, 128, 4, 8, H100).block_n == 64
+    assert prefill_parameters(torch.bfloat16, 128, 4, 512, H100, torch.int8).block_m == 128
 
 
 def test_what_is_written_is_read(table_of_h100: Path) -> None:
