@@ -59,11 +59,14 @@ PREFILL_FAULTS = {
         "new_highest",
     ),
     "a diagonal tile is not masked": ("(first_position + 1) // BLOCK_N", "first_position // BLOCK_N + 1"),
-    "a tile that the window cuts is not masked": ("tl.cdiv(all_see_from, BLOCK_N)", "all_see_from // BLOCK_N"),
-    "tiles go to the wrong sequence": ("+ middle > tile", "+ middle >= tile"),
+    "a tile that the window cuts is not masked": (
+        "tl.cdiv(tl.maximum(kv_end - WINDOW, 0), BLOCK_N)",
+        "tl.maximum(kv_end - WINDOW, 0) // BLOCK_N",
+    ),
+    "tiles go to the wrong sequence": ("+ later <= tile", "+ later < tile"),
     "each head counts as a position": (
-        "row_position = first_position + row // HEADS_PER_PROGRAM",
-        "row_position = first_position + row",
+        "first_position + row // HEADS_PER_PROGRAM,",
+        "first_position + row,",
     ),
 }
 

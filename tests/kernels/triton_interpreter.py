@@ -182,18 +182,31 @@ def interpreted_kernels() -> Iterator[None]:
 
 
 def load_variant(op: str, directory: Path, replacements: Sequence[tuple[str, str]]) -> Any:
-    """The kernel module of `op` with pieces of its source replaced, interpreted; each piece must be there."""
-    return load_variant_of(f"quire.kernels.{op}.triton", directory, replacements)
+    """The kernel module of `op` with pieces of its source replaced, interpreted; each piece must be there.
+
+    For a prefill they may also be in what it attends to a tile with.
+    """
+    parts, rest = [], list(replacements)
+    if op == "paged_prefill":
+        name = "quire.kernels.paged_prefill.triton_tiles"
+        source = _source(name)
+        parts = [load_variant_of(name, directory, [pair for pair in rest if pair[0] in source])]
+        rest = [pair for pair in rest if pair[0] not in source]
+    return load_variant_of(f"quire.kernels.{op}.triton", directory, rest, parts)
+
+
+def _source(name: str) -> str:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise ImportError(name)
+    return Path(spec.origin).read_text()
 
 
 def load_variant_of(
     name: str, directory: Path, replacements: Sequence[tuple[str, str]], imports: Sequence[Any] = ()
 ) -> Any:
     """As load_variant, of any module; it imports from variants of others in place of what they are variants of."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise ImportError(name)
-    source = Path(spec.origin).read_text()
+    source = _source(name)
     moved = [(f"from {module.VARIANT_OF} import", f"from {module.__name__} import") for module in imports]
     for old, new in (*replacements, *moved):
         if old not in source:
