@@ -234,10 +234,12 @@ class Scheduler:
             token_ids = sequence.token_ids
             end = len(token_ids)
             may_end = end >= sequence.next_review or token_id in sequence.stop_token_ids
-            if may_end or token_id is None or row in log_probs:
+            if token_id is None or row in log_probs or (may_end and not self._only_fills_block(sequence, token_id)):
                 others += self._take_row(sequence, batch, sampled, row)
             else:
                 token_ids.append(token_id)
+                if may_end:
+                    self._review(sequence, end)
                 sequence.num_computed_tokens = end
                 tokens.append((sequence.request_id, sequence.choice_index, token_id, sequence.num_cached_tokens))
         others += self.speculator.verify(batch, sampled, self._take_tokens)
@@ -246,6 +248,15 @@ class Scheduler:
         others += self.beams.advance()
         self.blocks.pool.check_count()
         return StepOutputs(tokens, others)
+
+    def _only_fills_block(self, sequence: Sequence, token_id: int) -> bool:
+        """The token ends a block, and that is all there is to it."""
+        return (
+            len(sequence.token_ids) + 1 < sequence.max_num_tokens
+            and token_id not in sequence.stop_token_ids
+            and sequence.beam is None
+            and sequence.scoring_depth is None
+        )
 
     def _take_row(
         self, sequence: Sequence, batch: ScheduledBatch, sampled: SampledTokens, row: int

@@ -153,7 +153,7 @@ def test_a_row_that_is_not_finite_ends_alone() -> None:
     add(scheduler, 8, request_id="bad")
     add(scheduler, [1, 2, 3], request_id="good")
     batch = schedule(scheduler)
-    bad, good = scheduler.update(batch, SampledTokens([None, 7]))
+    bad, good = sorted(scheduler.update(batch, SampledTokens([None, 7])), key=lambda output: output.request_id)
     assert (bad.request_id, bad.token_ids, bad.finish_reason) == ("bad", [], "error")
     assert (good.request_id, good.token_ids, good.finish_reason) == ("good", [7], None)
     scheduler.check_integrity()
