@@ -38,6 +38,7 @@ class PrefillParameters:
     num_warps: int
     num_stages: int
     num_shares: int | None = None
+    max_registers: int | None = None  # of a thread, on NVIDIA's; unbounded, the compiler would rather spill some
 
     @property
     def tokens_per_tile(self) -> int:
@@ -84,6 +85,7 @@ def prefill_parameters(
         block_d=block_d,
         num_warps=num_warps,
         num_stages=num_stages,
+        max_registers=255 if target.vendor == "cuda" else None,
     )
     if is_short:
         return reasoned

@@ -95,7 +95,7 @@ def prefill_kernel(
         *(q, first_position + row // HEADS_PER_PROGRAM, kv_first // BLOCK_N, tl.cdiv(kv_end, BLOCK_N)),
         *(first_position, kv_first, kv_end, k_head, v_head, k_head_scales, v_head_scales),
         *(block_tables + sequence.to(tl.int64) * table_stride, cache_stride_block, scales_stride_block, scale_log2),
-        *(WINDOW is not None, HEAD_DIM, BLOCK_SIZE, WINDOW, CODE_UNITS, BLOCK_M, BLOCK_N, BLOCK_D),
+        *(False, HEAD_DIM, BLOCK_SIZE, WINDOW, CODE_UNITS, BLOCK_M, BLOCK_N, BLOCK_D),
     )
     out_row = (start + token).to(tl.int64) * out_stride_token + head * out_stride_head
     tl.store(out + out_row[:, None] + dim[None, :], result.to(out.dtype.element_ty), mask=q_mask)
@@ -192,4 +192,5 @@ def launch(
         BLOCK_D=parameters.block_d,
         num_warps=parameters.num_warps,
         num_stages=parameters.num_stages,
+        **({} if parameters.max_registers is None else {"maxnreg": parameters.max_registers}),
     )

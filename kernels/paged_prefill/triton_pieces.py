@@ -144,7 +144,7 @@ def pieces_kernel(
         *(q, row_position, first_tile + piece_begin, first_tile + piece_end, first_position, kv_first, kv_end),
         *(k_head, v_head, k_head_scales, v_head_scales, table),
         *(cache_stride_block, scales_stride_block, scale_log2),
-        *(rows is None, HEAD_DIM, BLOCK_SIZE, WINDOW, CODE_UNITS, BLOCK_M, BLOCK_N, BLOCK_D),
+        *(True, HEAD_DIM, BLOCK_SIZE, WINDOW, CODE_UNITS, BLOCK_M, BLOCK_N, BLOCK_D),
     )
 
     is_left = piece_end - piece_begin < num_tiles
@@ -344,5 +344,6 @@ def launch_partial(
         BLOCK_D=parameters.block_d,
         num_warps=parameters.num_warps,
         num_stages=parameters.num_stages,
+        **({} if parameters.max_registers is None else {"maxnreg": parameters.max_registers}),
     )
     return pieces

@@ -167,7 +167,7 @@ def attend(
     cache_stride_block: tl.tensor,
     scales_stride_block: tl.tensor,
     scale_log2: tl.tensor,
-    HAS_EMPTY_ROWS: tl.constexpr,
+    IS_PIECE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -179,13 +179,16 @@ def attend(
     """(result [BLOCK_M, BLOCK_D], log2 of the sum of weights [BLOCK_M]) of the tiles of keys from begin to end, all of
     them in [kv_first, kv_end) at least in part. A row that sees nothing there has zeros and -inf.
 
-    Only tiles that some row does not see all of are masked. HAS_EMPTY_ROWS: a row may have seen nothing when such a
-    tile is done, as with a window or where a piece begins behind its position.
+    Only tiles that some row does not see all of are masked. Without IS_PIECE the tiles are all that are seen.
     """
+    # With a window, or where a piece begins behind its position, a row may have seen nothing after a masked tile.
+    has_empty_rows: tl.constexpr = IS_PIECE or WINDOW is not None
     full_begin = kv_first * 0
     if WINDOW is not None:
         full_begin = tl.cdiv(tl.maximum(kv_end - WINDOW, 0), BLOCK_N)
     full_end = tl.maximum((first_position + 1) // BLOCK_N, full_begin)
+    if IS_PIECE:
+        full_end = tl.minimum(full_end, end)
     highest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -194,19 +197,19 @@ def attend(
             highest, total, acc = _attend_tile(
                 highest, total, acc, q, row_position, tile, kv_first, kv_end, k_head, v_head,
                 k_head_scales, v_head_scales, table, cache_stride_block, scales_stride_block, scale_log2, True,
-                HAS_EMPTY_ROWS, HEAD_DIM, BLOCK_SIZE, WINDOW, CODE_UNITS, BLOCK_N, BLOCK_D,
+                has_empty_rows, HEAD_DIM, BLOCK_SIZE, WINDOW, CODE_UNITS, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-    for tile in range(tl.maximum(full_begin, begin), tl.minimum(full_end, end)):
+    for tile in range(tl.maximum(full_begin, begin), full_end):
         highest, total, acc = _attend_tile(
             highest, total, acc, q, row_position, tile, kv_first, kv_end, k_head, v_head,
             k_head_scales, v_head_scales, table, cache_stride_block, scales_stride_block, scale_log2, False,
-            HAS_EMPTY_ROWS, HEAD_DIM, BLOCK_SIZE, WINDOW, CODE_UNITS, BLOCK_N, BLOCK_D,
+            has_empty_rows, HEAD_DIM, BLOCK_SIZE, WINDOW, CODE_UNITS, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     for tile in range(tl.maximum(full_end, begin), end):
         highest, total, acc = _attend_tile(
             highest, total, acc, q, row_position, tile, kv_first, kv_end, k_head, v_head,
             k_head_scales, v_head_scales, table, cache_stride_block, scales_stride_block, scale_log2, True,
-            HAS_EMPTY_ROWS, HEAD_DIM, BLOCK_SIZE, WINDOW, CODE_UNITS, BLOCK_N, BLOCK_D,
+            has_empty_rows, HEAD_DIM, BLOCK_SIZE, WINDOW, CODE_UNITS, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     if k_head_scales is not None:

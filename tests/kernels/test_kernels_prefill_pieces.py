@@ -188,11 +188,7 @@ FAULTS = {
     "pieces that nobody wrote are merged": (PIECES, "+ row, piece < num_pieces)", "+ row, piece < BLOCK_P)"),
     "a piece is looked for in the wrong slot": (PIECES, "tl.where(piece == 0, item,", "tl.where(piece < 0, item,"),
     "the last piece is left out": (PIECES, "- share + 1)", "- share)"),
-    "a piece counts as a whole tile": (
-        PIECES,
-        "is_whole = piece_end - piece_begin == num_tiles",
-        "is_whole = num_tiles > 0",
-    ),
+    "a piece is not kept": (PIECES, "is_left = piece_end - piece_begin < num_tiles", "is_left = num_tiles < 0"),
     "a piece ends a tile early": (
         PIECES,
         "first_tile + piece_begin, first_tile + piece_end,",
@@ -203,7 +199,12 @@ FAULTS = {
         "* HEADS_PER_PROGRAM + head_in_group %",
         "* BLOCK_P + head_in_group %",
     ),
-    "pieces go to the wrong share": (PIECES, "num_items + share)", "num_items + num_shares - 1 - share)"),
+    "an item begins in the wrong share": (
+        "quire.kernels.triton_shares",
+        "owner_of(first, num_tiles, num_used), share)",
+        "owner_of(first, num_tiles, num_used) + 1, share)",
+    ),
+    "a piece goes on into the next share": ("quire.kernels.triton_shares", "tl.minimum(share_end, end)", "end"),
 }
 
 
