@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 import triton
 
-from quire.kernels.paged_decode.parameters import decode_parameters
+from quire.kernels.paged_decode.parameters import DecodeParameters, decode_parameters
 from quire.kernels.paged_decode.parameters import pieces_bytes as decode_pieces_bytes
 from quire.kernels.paged_prefill.parameters import (
     PrefillParameters,
@@ -41,6 +41,22 @@ def prefix_parameters(
     num_head_sets = num_kv_heads * triton.cdiv(group_size, parameters.heads_per_program)
     num_items = num_query_tiles(parameters, num_seqs, num_groups)
     return replace(parameters, num_shares=num_shares_of(parameters, num_items, num_head_sets, max_seq_len, target))
+
+
+def rest_parameters(
+    dtype: torch.dtype,
+    head_dim: int,
+    num_heads: int,
+    num_kv_heads: int,
+    num_seqs: int,
+    max_seq_len: int,
+    target: Target,
+    pages: torch.dtype,
+) -> DecodeParameters:
+    """Of what each sequence has behind its prefix: as a decode, in shorter tiles on AMD's, which would spill there."""
+    heads = (dtype, head_dim, num_heads, num_kv_heads)
+    parameters = decode_parameters(*heads, num_seqs, max_seq_len, None, target, pages)
+    return replace(parameters, block_n=min(parameters.block_n, 32)) if target.vendor == "hip" else parameters
 
 
 def pieces_bytes_at_most(

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from quire.kernels.cascade_decode.parameters import prefix_parameters
-from quire.kernels.paged_decode.parameters import DecodeParameters, decode_parameters
+from quire.kernels.cascade_decode.parameters import prefix_parameters, rest_parameters
+from quire.kernels.paged_decode.parameters import DecodeParameters
 from quire.kernels.paged_decode.triton import add_pieces_of_sequence, launch_split
 from quire.kernels.paged_prefill.parameters import PrefillParameters, bits_of
 from quire.kernels.paged_prefill.triton_pieces import add_pieces_of_item, launch_partial
@@ -116,7 +116,7 @@ def cascade_decode(
     launch(
         *(query, k_cache, v_cache, block_tables, seq_lens, groups, scale, out, k_scales, v_scales),
         prefix_parameters(*heads, len(groups.prefix_lens), max_seq_len, target, k_cache.dtype),
-        decode_parameters(*heads, max_seq_len, None, target, k_cache.dtype),
+        rest_parameters(*heads, max_seq_len, target, k_cache.dtype),
     )
     return out
 
