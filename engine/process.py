@@ -33,6 +33,7 @@ from quire.engine.messages import (
     ToEngine,
 )
 from quire.engine.resident_memory import return_unused_memory
+from quire.engine.thread_binding import import_torch, keep_to, places
 from quire.engine.wire import MAX_FRAME_BYTES, ConnectionClosedError, EngineChannel, WireError
 from quire.kernels.cpu_compiler import compiled_elsewhere
 from quire.sampling_params import InvalidParameterError
@@ -73,10 +74,15 @@ def load_engine(config: EngineConfig, progress: Progress) -> StepEngine:
     """The real engine. Imported here so that a machine without a working torch still gets a StartFailed."""
     gc.disable()  # what is made now stays: to look for garbage in it takes a sixth of the start
     try:
+        cores = places(config.num_threads) if config.bind_threads else []
+        import_torch(cores)
         from quire.engine.engine import Engine
 
         with compiled_elsewhere():
-            return Engine(config, progress)
+            engine = Engine(config, progress)
+        if engine.info.device == "cpu":
+            keep_to(cores)
+        return engine
     finally:
         gc.freeze()  # and would make every full collection a pause of a tenth of a second
         gc.enable()

@@ -100,6 +100,8 @@ class EngineConfig:
     """Most entries of `logprobs` and `prompt_logprobs`; the KV-cache keeps so many for each prompt token it scores."""
     num_threads: int | None = None
     """CPU threads of the engine process."""
+    bind_threads: bool = True
+    """Where they are as many as the cores, keep each to a core of its own."""
     enforce_eager: bool = False
     """On a GPU launch every kernel of a step by itself, instead of replaying decodes as graphs."""
     async_scheduling: bool | None = None

@@ -102,6 +102,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="most log-probabilities at each position that a request may ask for, 0 to 20 (default: %(default)s)",
     )
     model.add_argument("--num-threads", type=int, metavar="N", help="CPU threads of the engine (default: all cores)")
+    model.add_argument(
+        "--bind-threads",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="on a CPU, where the engine has a thread for each core, keep each to a core of its own and the HTTP "
+        "process off the core of the one that schedules (default: on; OMP_PLACES and the like come first)",
+    )
 
     memory = parser.add_argument_group("KV-cache")
     memory.add_argument(
@@ -261,6 +268,7 @@ def engine_config(flags: argparse.Namespace, model_dir: Path) -> EngineConfig:
         scheduling_policy=flags.scheduling_policy,
         speculative_config=flags.speculative_config,
         num_threads=flags.num_threads,
+        bind_threads=flags.bind_threads,
         async_scheduling=flags.async_scheduling,
         enforce_eager=flags.enforce_eager,
         max_logprobs=flags.max_logprobs,

@@ -21,6 +21,7 @@ from quire.config import ConfigError, EngineConfig, ExitCode
 from quire.engine.client import EngineClient
 from quire.engine.grammar.compiler import GrammarCompiler
 from quire.engine.resident_memory import return_unused_memory
+from quire.engine.thread_binding import keep_off_cores_of
 from quire.server.footprint import describe_start
 from quire.server.lifecycle import Phase
 from quire.server.loading import LoadingDisplay
@@ -104,6 +105,7 @@ async def serve(config: EngineConfig, settings: ServerSettings, console: Console
             return ExitCode.CLEAN
         gc.freeze()
         gc.enable()
+        keep_off_cores_of(client.pid)
         # Its children are started once the server is ready, so a start that fails leaves none.
         compiler = GrammarCompiler(config.model, client.info.vocab_size, client.info.eos_token_ids)
         try:
