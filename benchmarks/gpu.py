@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import gpu_cascade, gpu_cases, gpu_engine, gpu_parity, gpu_peers
+from measuring import gpu_cascade, gpu_cases, gpu_engine, gpu_gluon, gpu_parity, gpu_peers
 from measuring.gpu_cases import FULL, REHEARSAL, Case, Goal, Scale
 from measuring.gpu_timing import Replay, medians
 from measuring.random_model import write_model
@@ -141,9 +141,21 @@ def run_parity(report: Report, scale: Scale, device: torch.device) -> None:
         print(f"{'ok' if check.passed else 'WRONG':6} {check.name}: off by {check.error:.2g}", flush=True)
 
 
-def all_cases(scale: Scale, device: torch.device) -> Iterator[Case]:
+def try_gluon(report: Report, device: torch.device) -> bool:
+    """Whether the kernel in Gluon may be measured. If not, the one in Triton is all there is: that is no error."""
+    found, trouble = gpu_gluon.attempt(device)
+    if trouble:
+        report.skipped.append(f"prefill in Gluon: {trouble}")
+        print(report.skipped[-1], flush=True)
+        return False
+    report.parity += [{**asdict(check), "passed": check.passed} for check in found]
+    return True
+
+
+def all_cases(scale: Scale, device: torch.device, *, has_gluon: bool) -> Iterator[Case]:
     """One after another, so that only one case's inputs exist at a time."""
-    attention = (gpu_cases.decode_cases, gpu_cascade.cascade_cases, gpu_cases.prefill_cases)
+    prefill = (gpu_cases.prefill_cases, *([gpu_gluon.cases] if has_gluon else []))
+    attention = (gpu_cases.decode_cases, gpu_cascade.cascade_cases, *prefill)
     for make in (*attention, gpu_cases.codes_cases, gpu_cascade.short_chunk_cases, gpu_cases.small_cases):
         yield from make(scale, device)
 
@@ -151,7 +163,7 @@ def all_cases(scale: Scale, device: torch.device) -> Iterator[Case]:
 def run_kernels(report: Report, scale: Scale, device: torch.device, deadline: float) -> None:
     bandwidth = copy_bandwidth(device)
     report.facts["copy_tb_per_s"] = round(bandwidth / 1e12, 3)
-    cases = all_cases(scale, device)
+    cases = all_cases(scale, device, has_gluon=try_gluon(report, device))
     while True:
         if time.monotonic() > deadline:
             report.skipped.append("kernels that follow: the time was up")

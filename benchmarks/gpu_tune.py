@@ -6,7 +6,8 @@
 
 Each candidate is launched in turn with what the kernel's own rules choose, on rotated inputs with shuffled block
 tables, as replays of a CUDA graph. It is kept if its result is right and it takes at most 97 % of the time. What needs
-more registers or shared memory than there are is passed over. The table is written after each case. Commit it with the
+more registers or shared memory than there are is passed over. The prefill kernel in Gluon is tried in a process of its
+own first; only if the table has an entry for it, it is used. The table is written after each case. Commit it with the
 figures of `benchmarks/gpu.py` from before and after; the test of all compilations takes it in.
 """
 
@@ -40,7 +41,7 @@ def main() -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when a kernel is decorated: before any is imported
     import torch
     import triton
-    from measuring import gpu_tuning
+    from measuring import gpu_gluon, gpu_tuning
     from measuring.gpu_cases import FULL, REHEARSAL
     from rich.console import Console
 
@@ -57,8 +58,13 @@ def main() -> None:
     facts = {"device": name, "torch": torch.__version__, "triton": triton.__version__, "command": " ".join(sys.argv)}
     out, entries = arguments.out or launch_tables.path_of(target), dict[str, dict[str, Entry]]()
     deadline = time.monotonic() + 60 * arguments.minutes
+    _, trouble = gpu_gluon.attempt(device)
+    if trouble:
+        console.print(f"left out: prefill in Gluon, as {trouble}")
     with torch.inference_mode():
-        for tuned in gpu_tuning.cases(REHEARSAL if arguments.rehearse else FULL, device):
+        for tuned in gpu_tuning.cases(
+            REHEARSAL if arguments.rehearse else FULL, device, entries, has_gluon=not trouble
+        ):
             if time.monotonic() > deadline:
                 console.print(f"left out, as the time was up: {tuned.kernel}, {tuned.case}")
                 continue

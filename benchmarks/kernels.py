@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from measuring.gathering import gathered
 from measuring.rates import copy_bandwidth, synchronize
 from measuring.report import write_json
 from torch.nn.functional import scaled_dot_product_attention
@@ -112,14 +113,6 @@ def measure(case: Case, device: torch.device, bytes_per_second: float, seconds: 
     ours, peer = (statistics.median(measured) for measured in times)
     floor = case.num_bytes / bytes_per_second
     return Row(case.name, ours * 1e6, peer * 1e6, peer / ours, floor * 1e6, floor / ours, case.num_flops / ours / 1e12)
-
-
-def gathered(cache: torch.Tensor, block_tables: torch.Tensor) -> torch.Tensor:
-    """[S, Hk, M * BLOCK_SIZE, D]: the pages of each sequence side by side."""
-    num_seqs, num_blocks = block_tables.shape
-    _, num_kv_heads, block_size, head_dim = cache.shape
-    pages = cache[block_tables].transpose(1, 2)
-    return pages.reshape(num_seqs, num_kv_heads, num_blocks * block_size, head_dim)
 
 
 def attention_case(

@@ -131,12 +131,13 @@ def short_chunk_cases(scale: Scale, device: torch.device) -> Iterator[Case]:
         problems = gpu_cases.paged_problems(scale, scale.length(query_len), lens, 16, device)
         calls, peers = [gpu_cases.prefill_call(problem) for problem in problems], gpu_peers.attention(problems)
         if device.type == "cuda":
-            peers["ours, not in pieces"] = [_in_whole_tiles(problem) for problem in problems]
+            peers["ours, not in pieces"] = [in_whole_tiles(problem) for problem in problems]
         num_bytes, num_flops = gpu_cases.attention_bytes(*sizes), gpu_cases.attention_flops(*sizes)
         yield Case(name, calls, peers, num_bytes, num_flops)
 
 
-def _in_whole_tiles(problem: Paged) -> Call:
+def in_whole_tiles(problem: Paged) -> Call:
+    """The kernel in Triton with a program for each query tile, whatever else would be chosen."""
     from quire.kernels.paged_prefill.parameters import prefill_parameters
     from quire.kernels.paged_prefill.triton import launch
     from quire.kernels.targets import current_target

@@ -21,6 +21,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from measuring.gathering import gathered
 from measuring.gpu_timing import Call
 
 absent: dict[str, str] = {}
@@ -128,12 +129,8 @@ def _torch_sdpa(problem: Paged) -> Call:
     if len(set(problem.host_seq_lens)) > 1:
         raise ValueError("lengths differ")
     num_seqs, length = len(problem.host_seq_lens), problem.host_seq_lens[0]
-
-    def gathered(cache: torch.Tensor) -> torch.Tensor:
-        pages = cache[problem.block_tables.long()].transpose(1, 2)
-        return pages.reshape(num_seqs, cache.shape[1], -1, cache.shape[3])[:, :, :length].contiguous()
-
-    keys, values = gathered(problem.k_cache), gathered(problem.v_cache)
+    caches = problem.k_cache, problem.v_cache
+    keys, values = (gathered(cache, problem.block_tables)[:, :, :length].contiguous() for cache in caches)
     query = problem.query.view(num_seqs, problem.query_len, *problem.query.shape[1:]).transpose(1, 2).contiguous()
     is_causal = 1 < problem.query_len == length
     mask = None

@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
+from measuring import gpu_gluon
 from measuring.gpu_cases import Scale, paged_problems, with_codes
 from measuring.gpu_peers import Paged
 from measuring.gpu_timing import Call, Replay, medians
 from quire.kernels import launch_tables
+from quire.kernels.launch_tables import Entry
 from quire.kernels.paged_decode import parameters as decode
 from quire.kernels.paged_decode import triton as triton_decode
 from quire.kernels.paged_prefill import parameters as prefill
@@ -33,6 +36,7 @@ CANDIDATES = {
         "resident_programs": (1, 2, 3),
     },
     "paged_prefill": {"block_m": (64, 128), "block_n": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3)},
+    "gluon_prefill": {"block_n": (64, 128), "num_slots": (4, 5, 6, 8, 10)},
 }
 REHEARSED = {
     "paged_decode": {"block_n": (16, 32), "num_warps": (4,), "num_stages": (2,), "resident_programs": (1,)},
@@ -80,8 +84,18 @@ def _call_prefill(p: Paged, out: torch.Tensor, launch: Launch) -> Call:
     )
 
 
-def cases(scale: Scale, device: torch.device) -> Iterator[Tuned]:
-    """Decodes of 64 sequences of 4096 tokens and prompts of 4096, by head and by kind of page."""
+def _call_gluon(p: Paged, out: torch.Tensor, launch: Launch, other: Launch) -> Call:
+    """The kernel in Gluon; without `launch` the one in Triton, as `other` says."""
+    return gpu_gluon.gluon_call(p, **launch, out=out) if launch else _call_prefill(p, out, other)
+
+
+def cases(
+    scale: Scale, device: torch.device, found: Mapping[str, Mapping[str, Entry]], *, has_gluon: bool
+) -> Iterator[Tuned]:
+    """Decodes of 64 sequences of 4096 tokens and prompts of 4096, by head and by kind of page.
+
+    `found` is asked for what was measured before: the kernel in Gluon is to be faster than the other at its best.
+    """
     target = current_target(device)
     kinds = (None, torch.int8, *([] if target.fp8 is None else [target.fp8]))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float16  # the interpreter is wrong in bfloat16
@@ -99,6 +113,10 @@ def cases(scale: Scale, device: torch.device) -> Iterator[Tuned]:
                 outputs = [torch.empty_like(p.query) for p in problems]
                 name = launch_tables.case(dtype, head_dim, problems[0].k_cache.dtype)
                 yield Tuned(kernel, name, problems, outputs, call)
+                if has_gluon and kernel == "paged_prefill" and pages is None:
+                    entry = found.get(kernel, {}).get(name)
+                    other = {} if entry is None else entry.launch
+                    yield Tuned("gluon_prefill", name, problems, outputs, partial(_call_gluon, other=other))
 
 
 def best_launch(tuned: Tuned, device: torch.device, rehearse: bool, seconds: float) -> tuple[Launch, float, float]:

@@ -21,10 +21,12 @@ from quire.kernels.targets import Target
 FIELDS = {
     "paged_decode": ("block_n", "num_warps", "num_stages", "resident_programs"),
     "paged_prefill": ("block_m", "block_n", "num_warps", "num_stages"),
+    "gluon_prefill": ("block_n", "num_slots"),
 }
-"""What a table says of each kernel."""
+"""What a table says of each kernel. gluon_prefill is a second kernel for paged_prefill, launched only where a table has
+it."""
 
-_LARGEST = {"block_m": 256, "block_n": 256, "num_warps": 16, "num_stages": 8, "resident_programs": 8}
+_LARGEST = {"block_m": 256, "block_n": 256, "num_warps": 16, "num_stages": 8, "num_slots": 16, "resident_programs": 8}
 _POWERS_OF_TWO = ("block_m", "block_n", "num_warps")
 
 

@@ -22,6 +22,9 @@ SHARES_PER_PROGRAM = 2
 """Shares for each program that the device runs at once: items cut them, so that pieces differ in length, and the last
 ones should be short."""
 
+GLUON_LAUNCH = {64: (128, 8), 128: (128, 5), 256: (64, 4)}
+"""By head dim, positions of a tile and slots of the ring of the kernel in Gluon: reasoned; they fit, nothing spills."""
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillParameters:
@@ -39,6 +42,7 @@ class PrefillParameters:
     num_stages: int
     num_shares: int | None = None
     max_registers: int | None = None  # of a thread, on NVIDIA's; unbounded, the compiler would rather spill some
+    num_slots: int | None = None  # of the ring of tiles: with them, the kernel is the one in Gluon
 
     @property
     def tokens_per_tile(self) -> int:
@@ -91,6 +95,57 @@ def prefill_parameters(
         return reasoned
     case = launch_tables.case(dtype, head_dim, pages or dtype)
     return replace(reasoned, **launch_tables.measured("paged_prefill", case, target))
+
+
+def warp_specialized(
+    parameters: PrefillParameters,
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    max_query_len: int,
+    sliding_window: int | None,
+    target: Target,
+) -> PrefillParameters | None:
+    """Parameters for the kernel in Gluon; None where it cannot compute this, or was not measured to be faster.
+
+    It was never run on a GPU before benchmarks/gpu_tune.py runs it, so it is chosen where a launch table has it only.
+    """
+    launch = launch_tables.measured(
+        "gluon_prefill", launch_tables.case(query.dtype, query.shape[2], k_cache.dtype), target
+    )
+    if not launch or not fits_gluon(parameters, query, k_cache, max_query_len, sliding_window, target):
+        return None
+    return gluon_parameters(parameters, **launch)
+
+
+def fits_gluon(
+    parameters: PrefillParameters,
+    query: torch.Tensor,
+    k_cache: torch.Tensor,
+    max_query_len: int,
+    sliding_window: int | None,
+    target: Target,
+) -> bool:
+    """Whether the kernel in Gluon computes this: Hopper, whole panels of 16-bit dimensions, pages of whole swizzles, no
+    window, and rows enough for its tiles."""
+    block_size = k_cache.shape[2]
+    return (
+        target.arch == 90
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and k_cache.dtype == query.dtype
+        and query.shape[2] in GLUON_LAUNCH
+        and block_size >= 8
+        and block_size & (block_size - 1) == 0
+        and all(stride % 8 == 0 for stride in k_cache.stride()[:2])
+        and sliding_window is None
+        and max_query_len * parameters.heads_per_program > 64
+    )
+
+
+def gluon_parameters(parameters: PrefillParameters, block_n: int, num_slots: int) -> PrefillParameters:
+    """`parameters` for the kernel in Gluon: its tiles have 128 rows, and three groups of warps share all registers."""
+    return replace(
+        parameters, block_m=128, block_n=block_n, num_warps=4, num_stages=1, max_registers=168, num_slots=num_slots
+    )
 
 
 def num_piece_shares(

@@ -20,6 +20,7 @@ from quire.kernels.paged_prefill.parameters import (
     num_piece_shares,
     num_query_tiles,
     prefill_parameters,
+    warp_specialized,
 )
 from quire.kernels.paged_prefill.triton_pieces import launch_pieces
 from quire.kernels.paged_prefill.triton_tiles import attend, locate, seen_positions
@@ -127,9 +128,12 @@ def paged_prefill(
         *(parameters, num_tokens, seq_lens.shape[0], num_heads // parameters.heads_per_program),
         *(block_tables.shape[1] * k_cache.shape[2], target),
     )
+    parameters = replace(parameters, num_shares=num_shares)
+    if num_shares is None:
+        parameters = warp_specialized(parameters, query, k_cache, max_query_len, sliding_window, target) or parameters
     launch(
         *(query, k_cache, v_cache, block_tables, seq_lens, query_start, scale, sliding_window, out),
-        *(k_scales, v_scales, replace(parameters, num_shares=num_shares)),
+        *(k_scales, v_scales, parameters),
     )
     return out
 
@@ -154,6 +158,11 @@ def launch(
             *(query, k_cache, v_cache, block_tables, seq_lens, query_start, scale, sliding_window, out),
             *(k_scales, v_scales, parameters),
         )
+        return
+    if parameters.num_slots is not None:
+        from quire.kernels.paged_prefill.gluon import launch_gluon  # Gluon takes its time to be imported
+
+        launch_gluon(query, k_cache, v_cache, block_tables, seq_lens, query_start, scale, out, parameters)
         return
     num_tokens, num_heads, head_dim = query.shape
     num_seqs = seq_lens.shape[0]

@@ -25,9 +25,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
 from quire.kernels.cascade_decode import PrefixGroups
+from quire.kernels.paged_prefill.parameters import GLUON_LAUNCH, gluon_parameters, prefill_parameters
 from quire.kernels.quantization import LARGEST_CODE
 from quire.kernels.targets import A100, B200, H100, MI300, Target
 
@@ -117,6 +120,10 @@ def compile_launch(launch: Launch, target: Target) -> Any:
         elif isinstance(value, torch.Tensor):
             signature[name] = TYPE_NAMES[value.dtype]
             is_general = parameter.do_not_specialize_on_alignment
+        elif isinstance(value, TensorDescriptor):
+            kind = TYPE_NAMES[value.base.dtype].removeprefix("*")
+            signature[name] = f"tensordesc<{kind}{value.block_shape},{value.layout!r}>"
+            is_general = True
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             is_general = is_general or value % 16 != 0
@@ -125,7 +132,8 @@ def compile_launch(launch: Launch, target: Target) -> Any:
             is_general = True
         if signature[name] != "constexpr" and not is_general:
             attributes[(index,)] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature, constants, attributes)
+    source_type = GluonASTSource if launch.kernel.is_gluon() else ASTSource
+    source = source_type(launch.kernel, signature, constants, attributes)
     options = {name: launch.args[name] for name in ("num_warps", "num_stages", "maxnreg") if name in launch.args}
     return triton.compile(source, target=GPUTarget(target.vendor, target.arch, target.warp_size), options=options)
 
@@ -142,6 +150,7 @@ def nvidia_resources(compiled: Any) -> tuple[int, int, dict[str, int]]:
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resources: {usage}")
     names = ("HMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "FADD", "LDGSTS", "LDG.E.128", "STG.E.128")
+    names += ("UTMALDG", "USETMAXREG")
     mma = {name: len(re.findall(rf"\b{name}", sass)) for name in names}
     return int(found[1]), int(found[2]), mma
 
@@ -173,7 +182,7 @@ def found_resources(compiled: Any, target: Target) -> tuple[int, int, dict[str, 
 def resources(case: str, launch: Launch, target: Target) -> Resources:
     compiled = compile_launch(launch, target)
     registers, spills, mma = found_resources(compiled, target)
-    pointer_steps = re.findall(r"tt\.addptr .*", compiled.asm["ttir"])
+    pointer_steps = re.findall(r"tt\.addptr .*", compiled.asm["ttgir" if launch.kernel.is_gluon() else "ttir"])
     return Resources(
         case=case,
         kernel=launch.kernel.__name__,
@@ -244,6 +253,20 @@ def prefill(
     pages = pages_of(codes or dtype, head_dim)
     arguments = (query, *pages[:2], tables, lens, starts, 0.1, query_len, window, None, *pages[2:])
     return launches("paged_prefill", target, *arguments)
+
+
+def gluon_prefill(dtype: torch.dtype, head_dim: int, block_size: int) -> list[Launch]:
+    """As reasoned, for Hopper; a table of its own may ask for other tiles."""
+    importlib.import_module("quire.kernels.paged_prefill.gluon")
+    num_seqs, query_len = 8, 1024
+    query = tensor(num_seqs * query_len, NUM_HEADS, head_dim, dtype=dtype)
+    k_cache, v_cache = (tensor(1024, NUM_KV_HEADS, block_size, head_dim, dtype=dtype) for _ in range(2))
+    tables = tensor(num_seqs, CONTEXT // block_size, dtype=torch.int32)
+    lens, starts = tensor(num_seqs, dtype=torch.int32), tensor(num_seqs + 1, dtype=torch.int32)
+    reasoned = prefill_parameters(dtype, head_dim, NUM_HEADS // NUM_KV_HEADS, query_len, H100)
+    parameters = gluon_parameters(reasoned, *GLUON_LAUNCH[head_dim])
+    arguments = (query, k_cache, v_cache, tables, lens, starts, 0.1, None, torch.empty_like(query), None, None)
+    return launches("paged_prefill", H100, *arguments, parameters, launcher="launch")
 
 
 def small_operations(dtype: torch.dtype, head_dim: int, target: Target) -> list[Launch]:
@@ -342,6 +365,8 @@ def cases() -> Iterator[tuple[str, Target, list[Launch]]]:
         yield "decode-bf16-d80", target, decode(bf16, 80, 8, None, target)
         yield "decode-bf16-d256-int8-window", target, decode(bf16, 256, 8, 1024, target, torch.int8)
     yield "prefill-bf16-d80", H100, prefill(bf16, 80, 8, 1024, None, H100)
+    for dtype, head_dim, block_size in ((bf16, 128, 16), (fp16, 64, 64), (bf16, 256, 32)):
+        yield f"gluon-d{head_dim}", H100, gluon_prefill(dtype, head_dim, block_size)
 
 
 def main() -> None:

@@ -129,6 +129,15 @@ def test_matrix_instructions(report: Report, kernel: str, expected: dict[str, st
     assert [row for row in rows if not row.mma.get(expected[arch])] == []
 
 
+def test_gluon_kernels_specialise_their_warps(report: Report) -> None:
+    """Tiles come by the TMA, products go to wgmma, and registers move from the loading warps to the computing ones."""
+    rows = [row for row in report.rows if row.kernel == "gluon_prefill_kernel"]
+    assert {row.case for row in rows} == {"gluon-d64", "gluon-d128", "gluon-d256"}
+    for row in rows:
+        assert row.mma.keys() >= {"HGMMA", "UTMALDG", "USETMAXREG"}, row
+        assert 3 * 128 * row.registers <= 65_536, row
+
+
 def test_sums_of_fp8_products_are_added_up_in_float32(report: Report) -> None:
     """Hopper's matrix units sum up to 128 of them with fewer bits: then comes an addition for each of a tile's sums."""
     rows = [row for row in report.rows if row.kernel == "scaled_product_kernel" and row.arch == "sm_90"]
