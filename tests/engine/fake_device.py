@@ -1,10 +1,10 @@
 """A device that computes later than it is asked, for an engine on a CPU, and that punishes whoever reuses memory early.
 
 Steps are computed in order, as on a GPU's stream, but when they are is drawn: at once, or any time up to the moment
-when the host waits for them. Results reach the host when they are waited for, not before. What a step writes to pages
-arrives once more when it retires, as if it had been on its way until then: later than what the step behind it has
-written. And a block that is handed out holds NaN from that moment on, also for steps that were asked for before and
-have not been computed.
+when the host waits for them. They complete in an order that is drawn too, also a step before the one in front of it:
+its results reach the host, and what it writes to pages arrives once more, as if it had been on its way until then. So
+what a step writes may come later than what the step behind it has written. And a block that is handed out holds NaN
+from that moment on, also for steps that were asked for before and have not been computed.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class FakePending:
     work: Work
     results: list[torch.Tensor] | None = None
     late: Late = field(default_factory=list)
+    is_complete: bool = False
     was_waited_for: bool = False
 
     @torch.inference_mode()
@@ -46,13 +47,16 @@ class FakePending:
         self.results = [tensor.clone() for tensor in self.work()]
 
     @torch.inference_mode()
+    def complete(self) -> None:
+        for pages, blocks, offsets, values in self.late:
+            pages[blocks, :, offsets] = values
+        self.is_complete = True
+
     def wait(self) -> list[torch.Tensor]:
         assert not self.was_waited_for
         self.was_waited_for = True
-        self.queue.compute_until(self)
+        self.queue.complete_until(self)
         assert self.results is not None
-        for pages, blocks, offsets, values in self.late:
-            pages[blocks, :, offsets] = values
         return self.results
 
 
@@ -64,6 +68,7 @@ class FakeQueue:
         self._rng = rng
         self._promptness = promptness
         self._waiting: deque[FakePending] = deque()
+        self._computed: list[FakePending] = []
 
     def run(self, work: Work) -> FakePending:
         pending = FakePending(self, work)
@@ -77,7 +82,15 @@ class FakeQueue:
 
     def compute_until(self, pending: FakePending) -> None:
         while self._waiting and pending.results is None:
-            self._waiting.popleft().compute()
+            self._computed.append(self._waiting.popleft())
+            self._computed[-1].compute()
+
+    def complete_until(self, pending: FakePending) -> None:
+        self.compute_until(pending)
+        while not pending.is_complete:
+            index = self._rng.randrange(len(self._computed))
+            self.marks["completed before the one in front"] += index > 0
+            self._computed.pop(index).complete()
 
 
 class LateWritingRunner(ModelRunner):
