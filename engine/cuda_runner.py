@@ -135,8 +135,12 @@ class CudaRunner:
 
         graph = self._graphs.get(size)
         if graph is None and size in self._seen and self._capture is not None:
-            graph = self._graphs[size] = self._capture(forward)
-            log.info("Decodes of up to %d sequences are captured as a graph.", size)
+            try:
+                graph = self._graphs[size] = self._capture(forward)
+                log.info("Decodes of up to %d sequences are captured as a graph.", size)
+            except torch.OutOfMemoryError:
+                self._capture = None
+                log.warning("No memory is left for more graphs: other decodes run kernel by kernel (--enforce-eager).")
         if graph is None:
             self._seen.add(size)
             return forward()

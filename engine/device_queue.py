@@ -20,7 +20,13 @@ class Pending(Protocol):
 class DeviceQueue(Protocol):
     """What one piece of work reads and writes on the device follows what came before it."""
 
-    def run(self, work: Work) -> Pending: ...
+    def run(self, work: Work) -> Pending:
+        """Raises torch.OutOfMemoryError where the work does not fit beside what the device holds."""
+        ...
+
+    def release_memory(self) -> None:
+        """Give back what is only kept to be used again, once the work that is under way is done."""
+        ...
 
 
 class Done:
@@ -49,6 +55,9 @@ class HostQueue:
         tensors = work()
         return Done([tensor.clone() for tensor in tensors] if self._keep else tensors)
 
+    def release_memory(self) -> None:
+        """There is nothing."""
+
 
 class CopyToHost:
     """Of a GPU: copies to pinned memory behind the work, and an event behind the copies. Nothing else waits."""
@@ -71,3 +80,7 @@ class CudaQueue:
 
     def run(self, work: Work) -> Pending:
         return CopyToHost(work())
+
+    def release_memory(self) -> None:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Callable
@@ -43,13 +44,14 @@ from quire.grammar import Grammar, GrammarError
 from quire.models.config import ModelConfig
 from quire.models.loading import load_model
 from quire.sampling_params import InvalidParameterError, SamplingParams
-from quire.scheduler.output import SchedulerStats, StepOutputs
+from quire.scheduler.output import ScheduledBatch, SchedulerStats, StepOutputs
 from quire.scheduler.request import AdmissionError, Request
 from quire.scheduler.scheduler import Scheduler
 
 DEFAULT_MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
 
 Progress = Callable[[str, int, int], None]
+log = logging.getLogger(__name__)
 
 
 def _no_progress(stage: str, done: int, total: int) -> None:
@@ -197,10 +199,26 @@ class Engine:
         if executor.is_idle:
             return StepOutputs()
         batch, sampled = executor.retire()
+        if sampled is None:
+            self._withdraw(batch)
+            return StepOutputs()
         outputs = scheduler.update(batch, sampled)
         if self._pacer is not None:
             scheduler.prompts.max_num_tokens = self._pacer.observe(batch, time.perf_counter() - started)
         return outputs
+
+    def _withdraw(self, batch: ScheduledBatch) -> None:
+        num_tokens = batch.num_tokens
+        if not self._scheduler.withdraw(batch):
+            raise torch.OutOfMemoryError(
+                f"A step of {num_tokens} tokens does not fit into the device's memory, and cannot be smaller. Lower "
+                "--gpu-memory-utilization, or see what else uses the device."
+            )
+        log.warning(
+            "A step of %d tokens did not fit into the device's memory; steps are smaller for a while. "
+            "A lower --gpu-memory-utilization or --max-num-batched-tokens leaves more room.",
+            num_tokens,
+        )
 
     def add(self, request: Request) -> None:
         """Queue a request.

@@ -167,16 +167,27 @@ class PromptLogProbs:
                     sampled.failures.pop(position, None)
                 self._scores[scores.sequence.row] = None
 
-    def _take(self, chunk: ScoredChunk, entries: LogProbEntries, finite: bool) -> None:
-        """Pages get the entries of the chunk's own tokens: that of its first was known before, from logits or pages."""
-        sequence, block_ids = chunk.sequence, chunk.block_ids
+    def remember(self, chunks: list[ScoredChunk]) -> None:
+        """In place of `collect`: the chunks will be computed later, and their sequences may have let go of pages then
+        that only hold what is to be told."""
+        for chunk in chunks:
+            self._known(chunk)
+
+    def _known(self, chunk: ScoredChunk) -> PromptScores:
+        """What is known before a chunk: that of its first token, too, from logits or pages."""
+        sequence = chunk.sequence
         scores = self._scores[sequence.row]
         if scores is None or scores.sequence is not sequence or scores.num_known != chunk.start + 1:
             scores = self._scores[sequence.row] = PromptScores(sequence, chunk.depth)
             if chunk.start:
-                scores.extend(self._pages.read(block_ids, 1, chunk.start + 1, chunk.depth))
+                scores.extend(self._pages.read(chunk.block_ids, 1, chunk.start + 1, chunk.depth))
+        return scores
+
+    def _take(self, chunk: ScoredChunk, entries: LogProbEntries, finite: bool) -> None:
+        """Pages get the entries of the chunk's own tokens."""
+        scores = self._known(chunk)
         scores.extend(entries)
         scores.finite = scores.finite and finite
         self._pages.write(
-            block_ids, chunk.start, chunk.end, scores.entries.part(slice(chunk.start, chunk.end), chunk.depth)
+            chunk.block_ids, chunk.start, chunk.end, scores.entries.part(slice(chunk.start, chunk.end), chunk.depth)
         )

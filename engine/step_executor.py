@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from quire.engine.device_queue import DeviceQueue, Pending
+from quire.engine.device_queue import DeviceQueue, Pending, Work
 from quire.engine.inputs import InputBuilder
 from quire.engine.kv_storage import KVStorage
 from quire.engine.last_tokens import LastTokens
@@ -34,11 +34,15 @@ class SubmittedStep:
     batch: ScheduledBatch
     plan: SamplePlan
     chunks: list[ScoredChunk]
-    pending: Pending
+    pending: Pending | None
+    """None: it did not fit into the device's memory."""
 
 
 class StepExecutor:
     """All that a step reads of the scheduler's sequences is read by `submit`: they have moved on when it retires.
+
+    A step that the device has no memory for is tried once more when nothing else holds any. If it does not fit even
+    then it stays the last one, until it retires with nothing: what would follow it builds on what it samples.
 
     Args:
         last_tokens: where sampled tokens stay on the device; None if no step is ever submitted ahead.
@@ -66,7 +70,7 @@ class StepExecutor:
 
     @property
     def has_room(self) -> bool:
-        return len(self._steps) < self._max_num_steps
+        return len(self._steps) < self._max_num_steps and not (self._steps and self._steps[-1].pending is None)
 
     @property
     def is_idle(self) -> bool:
@@ -90,11 +94,28 @@ class StepExecutor:
                 tokens.store(tensors[0])
             return tensors + self._prompt_log_probs.compute(output.scored, chunks) if chunks else tensors
 
-        self._steps.append(SubmittedStep(batch, plan, chunks, self._queue.run(work)))
+        self._steps.append(SubmittedStep(batch, plan, chunks, self._run(work, batch)))
 
-    def retire(self) -> tuple[ScheduledBatch, SampledTokens]:
-        """Wait for the oldest step; what was sampled in it."""
+    def _run(self, work: Work, batch: ScheduledBatch) -> Pending | None:
+        """Whatever a part of the work has left behind, the whole of it computes the same again."""
+        try:
+            return self._queue.run(work)
+        except torch.OutOfMemoryError:
+            self._queue.release_memory()
+        try:
+            return self._queue.run(work)
+        except torch.OutOfMemoryError:
+            self._queue.release_memory()
+            if batch.block_copies:
+                self._kv.copy_blocks(batch.block_copies)
+            return None
+
+    def retire(self) -> tuple[ScheduledBatch, SampledTokens | None]:
+        """Wait for the oldest step; what was sampled in it, or None if it did not fit into the device's memory."""
         step = self._steps.popleft()
+        if step.pending is None:
+            self._prompt_log_probs.remember(step.chunks)
+            return step.batch, None
         tensors = step.pending.wait()
         if not step.chunks:
             return step.batch, self._sampler.read(step.plan, tensors)

@@ -1,4 +1,4 @@
-"""How the prompts of a step share what its decodes leave."""
+"""How many tokens a step computes, and how its prompts share what its decodes leave."""
 
 from __future__ import annotations
 
@@ -6,6 +6,41 @@ from quire.scheduler.sequence import Sequence
 
 LONG_PROMPT_STEPS = 4
 """A prompt is long while it would take more than so many steps of its own."""
+
+
+GROW_AFTER = 64
+"""Steps that fit, until steps may be twice as large again."""
+
+
+class StepBudget:
+    """Tokens of one step: as configured, and fewer for a while where a step did not fit into the device's memory."""
+
+    __slots__ = ("_least", "_most", "_num_fitting", "num_tokens")
+
+    def __init__(self, most: int, least: int) -> None:
+        self.num_tokens = most
+        self._most = most
+        self._least = least
+        self._num_fitting = 0
+
+    @property
+    def is_short(self) -> bool:
+        return self.num_tokens < self._most
+
+    def shrink(self, num_tokens: int) -> bool:
+        """A step of so many tokens did not fit. False if the next one cannot be smaller."""
+        if num_tokens <= self._least:
+            return False
+        self.num_tokens = max(num_tokens // 2, self._least)
+        self._num_fitting = 0
+        return True
+
+    def grow(self) -> None:
+        """A step fitted."""
+        self._num_fitting += 1
+        if self._num_fitting == GROW_AFTER:
+            self.num_tokens = min(2 * self.num_tokens, self._most)
+            self._num_fitting = 0
 
 
 class PromptBudget:

@@ -18,6 +18,7 @@ from quire.scheduler.batch_builder import BatchBuilder
 from quire.scheduler.beam import BeamGroup
 from quire.scheduler.beam_search import BeamSearch
 from quire.scheduler.block_manager import BlockManager
+from quire.scheduler.budget import StepBudget
 from quire.scheduler.choices import Choices
 from quire.scheduler.output import (
     ErrorCode,
@@ -58,6 +59,8 @@ class Scheduler:
         self.live: dict[str, list[Sequence]] = {}
         """The choices that have not ended, by request."""
         self.free_rows = list(reversed(range(config.max_num_seqs)))
+        most = config.max_num_batched_tokens
+        self.step_budget = StepBudget(most, 1 if config.enable_chunked_prefill else most)
         self.prompts = Prompts(self)
         self.choices = Choices(self)
         self.beams = BeamSearch(self)
@@ -116,7 +119,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch | None:
         """Choose what the next step computes; None if there is nothing to do, or nothing before update() is called."""
-        builder = BatchBuilder(self.config.max_num_batched_tokens)
+        builder = BatchBuilder(self.step_budget.num_tokens)
         num_preemptions, candidates = self._counters.num_preemptions, self.running
         if self.steps.batches:
             # Who was preempted with a step in flight must not run again before that step's row of it was passed over.
@@ -138,7 +141,7 @@ class Scheduler:
         batch = builder.build(step_id, *self.blocks.take_changes(step_id))
         self.steps.add(batch, self._counters.num_preemptions)
         self._counters.num_steps += 1
-        num_tokens = self.config.max_num_batched_tokens - builder.budget
+        num_tokens = self.step_budget.num_tokens - builder.budget
         self._counters.num_scheduled_tokens += num_tokens
         invariants.check_limits(self.config, num_tokens, len(self.running))
         return batch
@@ -220,6 +223,8 @@ class Scheduler:
         """
         self.steps.retire(batch)
         self.blocks.pool.retire(batch.step_id)
+        if self.step_budget.is_short:
+            self.step_budget.grow()
         if len(batch.sampling) < len(batch.sequences):
             self._advance_chunks(batch)
         tokens: list[TokenRow] = []
@@ -248,6 +253,18 @@ class Scheduler:
         others += self.beams.advance()
         self.blocks.pool.check_count()
         return StepOutputs(tokens, others)
+
+    def withdraw(self, batch: ScheduledBatch) -> bool:
+        """In place of update(): the step did not fit into the device's memory, and nothing was submitted behind it.
+
+        Its sequences are where they were before, its copies count as made, and steps are smaller for a while.
+
+        Returns:
+            False if they cannot be smaller.
+        """
+        self.steps.retire(batch)
+        self.blocks.pool.retire(batch.step_id)
+        return self.step_budget.shrink(batch.num_tokens)
 
     def _only_fills_block(self, sequence: Sequence, token_id: int) -> bool:
         """The token ends a block, and that is all there is to it."""

@@ -5,13 +5,16 @@ when the host waits for them. They complete in an order that is drawn too, also 
 its results reach the host, and what it writes to pages arrives once more, as if it had been on its way until then. So
 what a step writes may come later than what the step behind it has written. And a block that is handed out holds NaN
 from that moment on, also for steps that were asked for before and have not been computed.
+
+Steps may not fit into its memory: then they are refused when they are asked for, twice in a row or once, sometimes
+after they were computed, all but the end.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from unittest import mock
@@ -61,17 +64,25 @@ class FakePending:
 
 
 class FakeQueue:
-    def __init__(self, rng: random.Random, promptness: float) -> None:
+    def __init__(self, rng: random.Random, promptness: float, refuses: Callable[[], bool]) -> None:
         self.late: Late = []
         """Of the step that is being computed."""
         self.marks: Counter[str] = Counter()
         self._rng = rng
         self._promptness = promptness
+        self._refuses = refuses
         self._waiting: deque[FakePending] = deque()
         self._computed: list[FakePending] = []
 
     def run(self, work: Work) -> FakePending:
         pending = FakePending(self, work)
+        if self._refuses():
+            self.marks["did not fit"] += 1
+            if self._rng.random() < 0.5:
+                self._waiting.append(pending)
+                self.compute_until(pending)
+                self._computed.remove(pending)
+            raise torch.OutOfMemoryError
         self.marks["steps"] += 1
         self.marks["submitted before the last was computed"] += bool(self._waiting)
         self._waiting.append(pending)
@@ -79,6 +90,9 @@ class FakeQueue:
             self.marks["computed before it was waited for"] += 1
             self.compute_until(pending)
         return pending
+
+    def release_memory(self) -> None:
+        self.marks["memory released"] += 1
 
     def compute_until(self, pending: FakePending) -> None:
         while self._waiting and pending.results is None:
@@ -112,13 +126,18 @@ class LateWritingRunner(ModelRunner):
 
 
 @contextmanager
-def on_fake_device(engine: Engine, seed: int, promptness: float = 0.3) -> Iterator[Counter[str]]:
+def on_fake_device(
+    engine: Engine, seed: int, promptness: float = 0.3, shortage: float = 0.0, always_fit: int = 2
+) -> Iterator[Counter[str]]:
     """Have an idle engine of `async_scheduling` compute on a fake device; what happens there is counted.
 
     Args:
         promptness: probability that a step is computed at once.
+        shortage: probability that a step does not fit when it is asked for.
+        always_fit: steps of so many tokens fit.
     """
-    queue = FakeQueue(random.Random(seed), promptness)
+    rng, steps = random.Random(seed), engine._scheduler.steps
+    queue = FakeQueue(rng, promptness, lambda: rng.random() < shortage and steps.batches[-1].num_tokens > always_fit)
     info, device = engine.info, torch.device("cpu")
     inputs = InputBuilder(info.max_num_batched_tokens, info.max_num_seqs, info.max_model_len, info.block_size, device)
     inputs.memory = None  # each step's inputs have memory of their own

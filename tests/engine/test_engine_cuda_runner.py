@@ -186,6 +186,21 @@ def test_a_size_is_captured_when_it_comes_again_and_then_replayed() -> None:
     assert graphs.sizes == [4, 8]
 
 
+def test_a_graph_that_does_not_fit_is_the_last_one() -> None:
+    graphs = FakeGraphs()
+    capture, graphs.capture = graphs.capture, lambda work: refuse()  # type: ignore[method-assign]
+    runner, _ = make_runner(graphs)
+
+    def refuse() -> FakeGraph:
+        graphs.capture = capture  # type: ignore[method-assign]
+        raise torch.OutOfMemoryError
+
+    for num_seqs in (3, 3, 3, 7, 7, 7):
+        inputs = decodes(num_seqs)
+        assert logits_of(runner, inputs) == expected_logits(inputs)
+    assert graphs.sizes == []
+
+
 def test_other_steps_and_larger_batches_run_kernel_by_kernel() -> None:
     graphs = FakeGraphs()
     runner, _ = make_runner(graphs, max_num_seqs=600)

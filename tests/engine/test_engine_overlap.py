@@ -123,6 +123,31 @@ def test_overlapped_tokens_are_the_plain_tokens(llms: tuple[LLM, LLM]) -> None:
     assert overlapped.stats().num_used_blocks == 0
 
 
+@pytest.mark.parametrize("seed", [0, 1, 3])  # with 2 a draw lies on the border of two tokens, decided by a step's size
+def test_steps_that_do_not_fit_change_no_token(llms: tuple[LLM, LLM], seed: int) -> None:
+    """They are tried again, smaller, whatever they left behind."""
+    plain, overlapped = llms
+    texts, params = draw(random.Random(seed), 2 * len(OPTIONS))
+    expected = plain.generate(texts, params)
+    with on_fake_device(overlapped._engine, seed, shortage=0.3) as marks:
+        found = overlapped.generate(texts, params)
+    for index, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert words(one) == words(other), (index, params[index])
+        assert numbers(one) == pytest.approx(numbers(other), abs=TOLERANCE)
+    overlapped._engine.check_integrity()
+    assert marks["did not fit"] > 15
+    assert marks["memory released"] == marks["did not fit"]
+
+
+def test_a_step_that_cannot_be_smaller_ends_the_engine() -> None:
+    llm = make_llm(num_blocks=100, async_scheduling=True)
+    with (
+        on_fake_device(llm._engine, 0, shortage=1.0, always_fit=0),
+        pytest.raises(torch.OutOfMemoryError, match="cannot be smaller"),
+    ):
+        llm.generate(list(TEXTS), SamplingParams(max_tokens=4))
+
+
 def test_a_missing_fence_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests that end while a step is in flight, and prompts that are admitted into their blocks at once."""
     rng = random.Random(1)

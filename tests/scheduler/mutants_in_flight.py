@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from mutants import mutant
+from simulation.simulation import FIRST_WITHOUT_MEMORY
 
 from quire.scheduler import steps_in_flight
 from quire.scheduler.beam_search import BeamSearch
 from quire.scheduler.block_manager import BlockManager
 from quire.scheduler.block_pool import BlockPool
 from quire.scheduler.block_table import BlockTable
+from quire.scheduler.budget import StepBudget
 from quire.scheduler.prompts import Prompts
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.steps_in_flight import StepsInFlight
@@ -157,5 +159,29 @@ MUTANTS_IN_FLIGHT = [
         ("if not self._scheduler.steps.batches:", "if True:"),
         first_seed=402,
         num_steps=300,
+    ),
+    mutant(
+        "I33",
+        "a step that does not fit stays a reason for fences",
+        Scheduler,
+        "withdraw",
+        ("self.blocks.pool.retire(batch.step_id)", "pass"),
+        first_seed=FIRST_WITHOUT_MEMORY,
+    ),
+    mutant(
+        "I14",
+        "after a step that does not fit the next one is as large",
+        Scheduler,
+        "schedule",
+        ("BatchBuilder(self.step_budget.num_tokens)", "BatchBuilder(self.config.max_num_batched_tokens)"),
+        first_seed=FIRST_WITHOUT_MEMORY,
+    ),
+    mutant(
+        "I14",
+        "a step that does not fit makes the next one no smaller",
+        StepBudget,
+        "shrink",
+        ("max(num_tokens // 2, self._least)", "self.num_tokens"),
+        first_seed=FIRST_WITHOUT_MEMORY,
     ),
 ]

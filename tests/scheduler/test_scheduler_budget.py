@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from scheduler_factories import add, finish_step, make_scheduler, schedule, step
 
+from quire.scheduler.budget import GROW_AFTER
 from quire.scheduler.output import ScheduledBatch
 from quire.scheduler.scheduler import Scheduler
 from quire.scheduler.sequence import Sequence
@@ -121,3 +122,32 @@ def test_a_prompt_that_goes_on_leaves_nothing_unused_where_tokens_cost_time() ->
     assert computed(schedule(scheduler)) == {first: 16}
     finish_step(scheduler, scheduler.steps.batches[0])
     assert computed(schedule(scheduler)) == {first: 3, second: 13}
+
+
+def test_a_step_that_does_not_fit_is_computed_in_smaller_ones() -> None:
+    scheduler, long, short = long_and_short()
+    batch = schedule(scheduler)
+    assert batch.num_tokens == 16
+    assert scheduler.withdraw(batch)
+    scheduler.check_integrity()
+    assert (long.num_computed_tokens, short.num_computed_tokens) == (0, 0)
+    sizes = []
+    for _ in range(GROW_AFTER):
+        batch = schedule(scheduler)
+        sizes.append(batch.num_tokens)
+        finish_step(scheduler, batch)
+    assert max(sizes) == sizes[0] == 8
+    (new,) = add(scheduler, prompt(3, 60))
+    assert computed(schedule(scheduler))[new] > 8
+
+
+def test_a_step_of_one_token_cannot_be_smaller() -> None:
+    scheduler = make_scheduler(100, max_num_batched_tokens=1)
+    add(scheduler, 3)
+    assert not scheduler.withdraw(schedule(scheduler))
+
+
+def test_whole_prompts_cannot_be_smaller() -> None:
+    scheduler = make_scheduler(100, max_num_batched_tokens=16, max_model_len=16, enable_chunked_prefill=False)
+    add(scheduler, 12)
+    assert not scheduler.withdraw(schedule(scheduler))

@@ -66,6 +66,7 @@ LEAST = {
     "scoring hit with a window": 1000,
     "sits out a step": 100,
     "step ahead": 100000,
+    "step that does not fit": 5000,
     "step of one that has failed in flight": 500,
     "token that only the device knows": 100000,
     "waits for a fence": 5000,

@@ -133,6 +133,13 @@ class GhostModel:
                 sampled.token_ids.append(token_id if is_good else None)
         return sampled
 
+    def withdraw(self, batch: ScheduledBatch) -> None:
+        """What was known of scored prompts before a step that did not fit is remembered."""
+        for sequence in batch.sequences:
+            holder, entries = self._scores.get(sequence.row, (None, []))
+            if holder is sequence:
+                del entries[sequence.num_computed_tokens + 1 :]
+
     def forget(self, sequence: Sequence) -> None:
         self._expected.pop(sequence, None)
 

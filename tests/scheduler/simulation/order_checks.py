@@ -38,12 +38,12 @@ class OrderChecks:
 
     def check(self, batch: ScheduledBatch) -> None:
         """I32."""
-        scheduler, config, marks = self._scheduler, self._scheduler.config, self._scheduler.marks
+        scheduler, marks = self._scheduler, self._scheduler.marks
         computing = set(batch.sequences)
         num_decodes = sum(sequence in computing for sequence in self._decoding)
         left_out = [sequence for sequence in self._decoding if sequence not in computing]
         left_out = [sequence for sequence in left_out if sequence in scheduler.running]
-        if num_decodes < config.max_num_batched_tokens and not scheduler.sat_out.issuperset(left_out):
+        if num_decodes < scheduler.step_budget.num_tokens and not scheduler.sat_out.issuperset(left_out):
             raise InvariantError("I32", f"could decode, and is not in the step: {left_out}")
         num_drafts = sum(map(len, batch.drafts.values()))
         num_prompt_tokens = batch.num_tokens - num_decodes - num_drafts

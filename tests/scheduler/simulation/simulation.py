@@ -9,6 +9,9 @@ from simulation.ghost import Poison
 from simulation.workload import draw_request, draw_swarm
 from simulation.world import World
 
+FIRST_WITHOUT_MEMORY = 1000
+"""First seed whose steps may not fit into the device's memory."""
+
 
 class Simulation:
     """Deterministic in (seed, number of steps)."""
@@ -20,12 +23,20 @@ class Simulation:
         self.world.scheduler.prompts.max_num_tokens = self.swarm.max_prompt_tokens
         self.world.scheduler.prompts.order.max_overtakes = self.swarm.max_overtakes
         self.num_requests = 0
+        self.memory = random.Random(seed)
+        self.too_large = 0.15 if seed >= FIRST_WITHOUT_MEMORY and seed % 5 == 4 else 0.0
+        """Probability that the device has no memory for a step."""
 
     def run(self, num_steps: int) -> None:
         """`num_steps` steps with all events, then only steps until everything has ended."""
         for _ in range(num_steps):
             self.disturb("between steps")
-            self.world.step(self.poison, self.disturb_in_flight, ahead=self.rng.random() < self.swarm.ahead)
+            self.world.step(
+                self.poison,
+                self.disturb_in_flight,
+                ahead=self.rng.random() < self.swarm.ahead,
+                fits=self.memory.random() >= self.too_large,
+            )
         self.world.drain(ahead=self.swarm.ahead == 1.0)
 
     def disturb(self, moment: str) -> None:

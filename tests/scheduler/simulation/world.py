@@ -108,6 +108,7 @@ class World:
         in_flight: Callable[[], None] = lambda: None,
         *,
         ahead: bool = False,
+        fits: bool = True,
     ) -> None:
         """One step with all checks.
 
@@ -115,15 +116,19 @@ class World:
             poison: names values of a sampling sequence of the batch that are not to be finite.
             in_flight: what happens between schedule() and update().
             ahead: before the step retires another one is scheduled, and stays in flight.
+            fits: whether the device has memory for the step; it is found not to have before another one is scheduled.
         """
         if not self.flights:
             self._launch(poison)
-        if ahead and self.flights:
+        if ahead and fits and self.flights:
             in_flight()
             self._launch(poison)
         if self.flights:
             in_flight()
-            self._retire()
+            if fits or len(self.flights) > 1:
+                self._retire()
+            else:
+                self._withdraw()
 
     def drain(self, *, ahead: bool = False) -> None:
         """Nothing more is submitted: everything must end (I17)."""
@@ -171,6 +176,22 @@ class World:
         self._check_cached_content()
         self._check_stored_log_probs()
 
+    def _withdraw(self) -> None:
+        """What the step may have written already is written again."""
+        flight = self.flights.pop()
+        del self.ghost.uses[0]
+        self.ghost.withdraw(flight.batch)
+        could_shrink = self.scheduler.withdraw(flight.batch)
+        self.marks["step that does not fit"] += 1
+        if could_shrink != (self.config.enable_chunked_prefill and flight.batch.num_tokens > 1):
+            raise InvariantError("I14", f"after a step of {flight.batch.num_tokens} tokens")
+        if could_shrink and self.scheduler.step_budget.num_tokens != flight.batch.num_tokens // 2:
+            raise InvariantError("I14", f"{self.scheduler.step_budget.num_tokens} after {flight.batch.num_tokens}")
+        for sequence in flight.batch.sequences:
+            if sequence in self._progress:
+                self._progress[sequence] = sequence.num_computed_tokens, sequence.num_preemptions
+        invariants.check_integrity(self.scheduler)
+
     def _check_scheduled(self, batch: ScheduledBatch) -> None:
         scheduler = self.scheduler
         invariants.check_sequences(scheduler)
@@ -183,6 +204,8 @@ class World:
         if num_live != len(self.open):
             raise InvariantError("I16", f"{num_live} choices are live, {len(self.open)} should be")
         invariants.check_batch(scheduler, batch)
+        if batch.num_tokens > scheduler.step_budget.num_tokens:
+            raise InvariantError("I14", f"{batch.num_tokens} tokens, {scheduler.step_budget.num_tokens} fit")
         self.order.check(batch)
         self.marks["copy of a partial block"] += len(batch.block_copies)
         self.marks["chunk"] += len(batch.sampling) < len(batch.sequences)
