@@ -63,10 +63,13 @@ def attention(problems: Sequence[Paged]) -> dict[str, Sequence[Call]]:
     """The peers that compute this, each with a call for each problem."""
     makers: dict[str, Callable[[Paged], Call]] = {
         "torch SDPA, keys and values side by side": _torch_sdpa,
+        "FlexAttention, keys and values side by side": _flex_attention,
         "FlashInfer": _flashinfer,
         "FlashAttention-3": _flash_attention_3,
         "vLLM Triton": _vllm_triton,
     }
+    if not problems[0].query.is_cuda:  # there the compiler takes longer than all the rest
+        del makers["FlexAttention, keys and values side by side"]
     return available(makers, problems)
 
 
@@ -124,14 +127,33 @@ def available(makers: dict[str, Callable[..., Call]], problems: Sequence[Any]) -
     return found
 
 
-def _torch_sdpa(problem: Paged) -> Call:
-    """On keys and values that lie side by side already, all of one length: gathering them is not counted."""
+def _side_by_side(problem: Paged) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """Query, keys, values [S, H, length, D], all of one length, and this: gathering them is not counted."""
     if len(set(problem.host_seq_lens)) > 1:
         raise ValueError("lengths differ")
     num_seqs, length = len(problem.host_seq_lens), problem.host_seq_lens[0]
     caches = problem.k_cache, problem.v_cache
     keys, values = (gathered(cache, problem.block_tables)[:, :, :length].contiguous() for cache in caches)
     query = problem.query.view(num_seqs, problem.query_len, *problem.query.shape[1:]).transpose(1, 2).contiguous()
+    return query, keys, values, length
+
+
+def _flex_attention(problem: Paged) -> Call:
+    """Compiled, with a mask of blocks."""
+    module: Any = importlib.import_module("torch.nn.attention.flex_attention")
+    query, keys, values, length = _side_by_side(problem)
+    offset = length - problem.query_len
+
+    def is_seen(batch: Any, head: Any, position: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return position + offset >= key
+
+    mask = module.create_block_mask(is_seen, None, None, problem.query_len, length, device=query.device)
+    attend: Any = torch.compile(module.flex_attention, dynamic=False)
+    return lambda: attend(query, keys, values, block_mask=mask, scale=problem.scale, enable_gqa=True)
+
+
+def _torch_sdpa(problem: Paged) -> Call:
+    query, keys, values, length = _side_by_side(problem)
     is_causal = 1 < problem.query_len == length
     mask = None
     if 1 < problem.query_len < length:
