@@ -1,7 +1,8 @@
 """What Quire's GPU kernels are measured against: whatever of it can be imported. Nothing here is ours.
 
-torch is always there. FlashInfer is a package. FlashAttention-3 is a shared library out of vLLM's wheel, vLLM's Triton
-kernels are files out of it; `benchmarks/gpu_peers.sh` puts all of them into one folder, which `gpu.py --peers` names.
+torch is always there. FlashInfer is a package. FlashAttention-3 is a shared library out of vLLM's wheel, vLLM's and
+SGLang's Triton kernels are files out of theirs; `benchmarks/gpu_peers.sh` puts all of them into one folder, which
+`gpu.py --peers` names.
 A peer that cannot be had, or fails, is left out of the tables and named under "absent" with the reason.
 """
 
@@ -21,6 +22,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from measuring import gpu_sglang
 from measuring.gathering import gathered
 from measuring.gpu_timing import Call
 
@@ -57,6 +59,8 @@ def use_folder(folder: Path | None) -> None:
         sys.path.insert(0, str(folder / "python"))
         if (folder / "vllm").is_dir():
             install_vllm_stubs(folder)
+        if (folder / "sglang").is_dir():
+            gpu_sglang.install_stubs(folder)
 
 
 def attention(problems: Sequence[Paged]) -> dict[str, Sequence[Call]]:
@@ -67,6 +71,7 @@ def attention(problems: Sequence[Paged]) -> dict[str, Sequence[Call]]:
         "FlashInfer": _flashinfer,
         "FlashAttention-3": _flash_attention_3,
         "vLLM Triton": _vllm_triton,
+        "SGLang Triton": gpu_sglang.attention,
     }
     if not problems[0].query.is_cuda:  # there the compiler takes longer than all the rest
         del makers["FlexAttention, keys and values side by side"]
