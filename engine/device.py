@@ -11,12 +11,15 @@ from quire.config import ConfigError, EngineConfig, Quantization
 from quire.kernels.fp8_linear import code_dtype
 from quire.kernels.quantized_linear import is_fast_here
 from quire.kernels.targets import current_target
+from quire.models.config import ModelConfig
 from quire.models.fp8_checkpoint import Fp8Checkpoint
 
 log = logging.getLogger(__name__)
 
 MAX_STEP_BUDGET = 2048
 CPU_TOKENS_PER_THREAD = 64
+MAX_GPU_HEAD_DIM = 256
+"""Larger heads need more shared memory than there is."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,6 +36,15 @@ def choose_device(config: EngineConfig) -> torch.device:
             f"This GPU has compute capability {major}.{minor}; the kernels need 8.0 or newer. Use --device cpu."
         )
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def require_kernels(model_config: ModelConfig, device: torch.device) -> None:
+    """Raises ConfigError where no kernel for GPUs computes a model's attention; those of a CPU take heads of any size."""
+    if device.type != "cpu" and model_config.head_dim > MAX_GPU_HEAD_DIM:
+        raise ConfigError(
+            f"The heads of this model have {model_config.head_dim} dimensions; the kernels for GPUs take up to "
+            f"{MAX_GPU_HEAD_DIM}. Use --device cpu."
+        )
 
 
 def choose_dtype(config: EngineConfig, checkpoint_dtype: str, device: torch.device) -> torch.dtype:

@@ -23,6 +23,7 @@ from quire.engine.device import (
     choose_step_budget,
     dtype_name,
     keeps_fp8_weights,
+    require_kernels,
     schedules_ahead,
 )
 from quire.engine.device_queue import CudaQueue, HostQueue
@@ -75,6 +76,7 @@ class Engine:
             torch.set_num_threads(config.num_threads)
         directory = Path(config.model)
         model_config = ModelConfig.from_hf(directory)
+        require_kernels(model_config, device)
         dtype = choose_dtype(config, model_config.checkpoint_dtype, device)
         quantization = choose_quantization(config, device)
         keeps_fp8 = keeps_fp8_weights(config, model_config.fp8, dtype, device)

@@ -76,10 +76,18 @@ def load_engine(config: EngineConfig, progress: Progress) -> StepEngine:
     try:
         cores = places(config.num_threads) if config.bind_threads else []
         import_torch(cores)
+        import torch
+
         from quire.engine.engine import Engine
 
-        with compiled_elsewhere():
-            engine = Engine(config, progress)
+        try:
+            with compiled_elsewhere():
+                engine = Engine(config, progress)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                "The device's memory ran out during the start, beside what else uses it. Use --gpu-memory-utilization "
+                f"{config.gpu_memory_utilization - 0.1:.2f}."
+            ) from error
         if engine.info.device == "cpu":
             keep_to(cores)
         return engine

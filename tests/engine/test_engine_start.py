@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from quire.config import ConfigError, EngineConfig
+from quire.engine.device import choose_device, require_kernels
 from quire.engine.engine import Engine
 from quire.engine.process import load_engine
 from quire.kernels.cpu_compiler import ELSEWHERE
 from quire.kernels.cpu_workers import Worker
+from quire.models.config import ModelConfig
 from quire.sampling_params import SamplingParams
 from quire.scheduler.request import Request
+from quire.tales import MODEL_DIR
 
 BLOCK_BYTES = 2 * 2 * 2 * 16 * 16 * 4 + 16 * (4 + 20 * 8)
 """K and V, layers, heads, tokens, head dim, float32; and a log-probability and 20 ids with theirs for each token."""
@@ -132,3 +137,24 @@ def test_a_served_engine_leaves_compiling_to_another_process(tiny_checkpoint: Ca
     assert elsewhere
     assert all(elsewhere)
     assert ELSEWHERE.compiler is None
+
+
+def test_old_gpus_and_heads_without_a_kernel_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(ConfigError, match=r"capability 7\.5; the kernels need 8\.0 or newer\. Use --device cpu"):
+        choose_device(EngineConfig(model="anything"))
+    config = ModelConfig.from_hf(MODEL_DIR)
+    require_kernels(replace(config, head_dim=256), torch.device("cuda"))
+    require_kernels(replace(config, head_dim=512), torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"512 dimensions; the kernels for GPUs take up to 256\. Use --device cpu"):
+        require_kernels(replace(config, head_dim=512), torch.device("cuda"))
+
+
+def test_memory_that_runs_out_at_the_start_names_a_flag_and_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("quire.engine.engine.warm_up", no_memory)
+    with pytest.raises(ConfigError, match=r"Use --gpu-memory-utilization 0\.82"):
+        load_engine(EngineConfig(model=str(MODEL_DIR)), lambda *_: None)
