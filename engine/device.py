@@ -39,7 +39,7 @@ def choose_device(config: EngineConfig) -> torch.device:
 
 
 def require_kernels(model_config: ModelConfig, device: torch.device) -> None:
-    """Raises ConfigError where no kernel for GPUs computes a model's attention; those of a CPU take heads of any size."""
+    """Raises ConfigError where no kernel for GPUs computes a model's attention; those for CPUs take any heads."""
     if device.type != "cpu" and model_config.head_dim > MAX_GPU_HEAD_DIM:
         raise ConfigError(
             f"The heads of this model have {model_config.head_dim} dimensions; the kernels for GPUs take up to "

@@ -74,8 +74,7 @@ def load_engine(config: EngineConfig, progress: Progress) -> StepEngine:
     """The real engine. Imported here so that a machine without a working torch still gets a StartFailed."""
     gc.disable()  # what is made now stays: to look for garbage in it takes a sixth of the start
     try:
-        cores = places(config.num_threads) if config.bind_threads else []
-        import_torch(cores)
+        cores = import_torch(places(config.num_threads) if config.bind_threads else [])
         import torch
 
         from quire.engine.engine import Engine

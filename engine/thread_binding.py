@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Collection
 from pathlib import Path
 
@@ -46,14 +47,17 @@ def places(num_threads: int | None) -> list[list[int]]:
     return cores if len(cores) > 1 and num_threads in (None, len(cores)) else []
 
 
-def import_torch(cores: list[list[int]]) -> None:
+def import_torch(cores: list[list[int]]) -> list[list[int]]:
     """The first import of torch, so that its OpenMP runtime keeps the threads that it starts to `cores`.
 
     This thread, the runtime's first, stays free: what loads a model, and what is started for that, has all cores. It is
-    for `keep_to` to bind it. Without cores nothing is bound.
+    for `keep_to` to bind it.
+
+    Returns:
+        The cores; [] if there are none, or torch has been imported before and its threads are where they are.
     """
-    if not cores:
-        return
+    if not cores or "torch" in sys.modules:
+        return []
     allowed = os.sched_getaffinity(0)
     os.environ["OMP_PROC_BIND"] = "true"
     os.environ["OMP_PLACES"] = ",".join("{" + ",".join(map(str, core)) + "}" for core in cores)
@@ -62,6 +66,7 @@ def import_torch(cores: list[list[int]]) -> None:
     finally:
         del os.environ["OMP_PROC_BIND"], os.environ["OMP_PLACES"]
         os.sched_setaffinity(0, allowed)
+    return cores
 
 
 def keep_to(cores: list[list[int]]) -> None:

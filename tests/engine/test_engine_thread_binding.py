@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from quire.engine import thread_binding
-from quire.engine.thread_binding import keep_off_cores_of, physical_cores, places
+from quire.engine.thread_binding import import_torch, keep_off_cores_of, physical_cores, places
 
 
 @pytest.fixture
@@ -100,3 +101,11 @@ def test_threads_of_a_bound_process_have_a_core_each() -> None:
         process.communicate("\n")
     keep_off_cores_of(process.pid)
     assert sorted(os.sched_getaffinity(0)) == cpus
+
+
+def test_torch_that_is_there_already_is_not_bound() -> None:
+    before = os.sched_getaffinity(0)
+    assert sys.modules["torch"] is torch
+    assert import_torch([[cpu] for cpu in before]) == []
+    assert os.sched_getaffinity(0) == before
+    assert "OMP_PLACES" not in os.environ
