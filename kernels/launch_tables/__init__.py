@@ -27,6 +27,7 @@ FIELDS = {
 it."""
 
 _LARGEST = {"block_m": 256, "block_n": 256, "num_warps": 16, "num_stages": 8, "num_slots": 16, "resident_programs": 8}
+_SMALLEST = {"num_slots": 2}  # with one, keys and values would wait for each other; 1 of everything else
 _POWERS_OF_TWO = ("block_m", "block_n", "num_warps")
 
 
@@ -92,7 +93,7 @@ def _entry(kernel: str, written: Mapping[str, Any]) -> Entry:
         raise ValueError(f"{kernel} is launched with {', '.join(FIELDS[kernel])}, not {', '.join(launch)}")
     for name, value in launch.items():
         is_odd = name in _POWERS_OF_TWO and value & (value - 1)
-        if type(value) is not int or not 1 <= value <= _LARGEST[name] or is_odd:
+        if type(value) is not int or not _SMALLEST.get(name, 1) <= value <= _LARGEST[name] or is_odd:
             raise ValueError(f"{name} of {kernel} cannot be {value!r}")
     return Entry(launch, float(written["microseconds"]), float(written["reasoned_microseconds"]))
 

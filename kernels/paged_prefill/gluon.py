@@ -1,4 +1,4 @@
-"""Paged causal attention for Hopper in Gluon: a warp that loads tiles, and two groups of warps that compute.
+"""Paged causal attention for Hopper in Gluon: two warps that load tiles, and two groups of warps that compute.
 
 Each group takes 64 rows of a query tile and multiplies with wgmma. It computes the softmax of one tile of keys while
 the values of the tile before are multiplied (gluon_tiles.py); what passes between the warps is in gluon_ring.py. The
@@ -22,7 +22,7 @@ from quire.kernels.paged_prefill.triton_tiles import locate
 
 NUM_GROUPS = gl.constexpr(2)
 GROUP_REGISTERS, LOADER_REGISTERS = 232, 40
-"""Of a thread. Three groups of warps have them between them, the third for the one warp that loads, and start with a
+"""Of a thread. Three groups of warps have them between them, the third for the two warps that load, and start with a
 third each: PrefillParameters.max_registers."""
 
 
@@ -46,7 +46,7 @@ def _compute(
     head_dim: gl.constexpr = rows.shape[1]
     tokens_per_tile: gl.constexpr = NUM_GROUPS * ROWS // HEADS_PER_PROGRAM
     programs_per_group: gl.constexpr = (GROUP_SIZE + HEADS_PER_PROGRAM - 1) // HEADS_PER_PROGRAM
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // head_dim, head_dim // 8], [4, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     row = FIRST_ROW + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     dim = gl.arange(0, head_dim, gl.SliceLayout(0, layout))
     token = first_token + row // HEADS_PER_PROGRAM
@@ -126,10 +126,11 @@ def gluon_prefill_kernel(
                         GROUP_SIZE, HEADS_PER_PROGRAM, box_rows)),
             (_compute, (query, out, rows.index(1), buffers, place, strides, scale_log2, ROWS,
                         GROUP_SIZE, HEADS_PER_PROGRAM, box_rows)),
-            (load_tiles, (buffers, k_desc, v_desc, kv_end, kv_head, table, BLOCK_SIZE)),
+            (load_tiles, (buffers, k_desc, kv_end, kv_head, table, BLOCK_SIZE, True)),
+            (load_tiles, (buffers, v_desc, kv_end, kv_head, table, BLOCK_SIZE, False)),
         ],
-        [4, 1],
-        [GROUP_REGISTERS, LOADER_REGISTERS],
+        [4, 1, 1],
+        [GROUP_REGISTERS, LOADER_REGISTERS, LOADER_REGISTERS],
     )  # fmt: skip
 
 

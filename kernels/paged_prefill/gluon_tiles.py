@@ -6,7 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
-from quire.kernels.paged_prefill.gluon_ring import box_shift, leave, turn_of_keys, turn_of_values, wait_for
+from quire.kernels.paged_prefill.gluon_ring import box_shift, leave, tile_in, turn_of_keys, turn_of_values, wait_for
 
 ROWS = gl.constexpr(64)  # of a group of warps: what one wgmma multiplies
 
@@ -57,21 +57,23 @@ def _attend_tile(
     scores_layout: gl.constexpr,
     acc_layout: gl.constexpr,
 ) -> gl.tuple:
-    """Scores and weights of a tile, while the weights of the tile before are multiplied with its values."""
+    """Scores and weights of a tile, whose keys are there, while the weights of the tile before are multiplied with its
+    values. Then the next tile's keys are there or, behind the last tile, the last one's values."""
     highest, total, factors, acc = state
     block_n: gl.constexpr = buffers[0].shape[1]
     k_turn = turn_of_keys(tile)
     v_turn = turn_of_values(tile - 1, num_tiles)
     zeros = gl.zeros([ROWS, block_n], gl.float32, scores_layout)
-    keys = wait_for(buffers, k_turn)
-    scores = warpgroup_mma(rows, keys.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    values = wait_for(buffers, v_turn)
-    acc = warpgroup_mma(factors, values, acc, is_async=True)
+    scores = warpgroup_mma(rows, tile_in(buffers, k_turn).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    wait_for(buffers, v_turn)
+    acc = warpgroup_mma(factors, tile_in(buffers, v_turn), acc, is_async=True)
     scores = warpgroup_mma_wait(1, deps=(scores,))
     leave(buffers, k_turn)
     highest, total, decay, weights = _weigh(
         scores, highest, total, row_position, tile, kv_end, scale_log2, MASKED, BOX_ROWS, scores_layout
     )
+    # Also a branch: without one ptxas has the next line wait before the weights are computed, not after.
+    wait_for(buffers, v_turn + 1)
     acc, factors = warpgroup_mma_wait(0, deps=(acc, factors))
     leave(buffers, v_turn)
     acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, acc_layout))[:, None]
@@ -103,8 +105,8 @@ def attend(
     num_full = (first_position + 1) // block_n  # tiles that even the first row sees all of
 
     zeros = gl.zeros([ROWS, block_n], gl.float32, scores_layout)
-    keys = wait_for(buffers, 0)
-    scores = warpgroup_mma(rows, keys.permute((1, 0)), zeros, use_acc=False, is_async=True)
+    wait_for(buffers, 0)
+    scores = warpgroup_mma(rows, tile_in(buffers, 0).permute((1, 0)), zeros, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=(scores,))
     leave(buffers, 0)
     highest = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, scores_layout))
@@ -114,6 +116,7 @@ def attend(
         scores, highest, total, row_position, 0, kv_end, scale_log2, True, BOX_ROWS, scores_layout
     )
     factors = gl.convert_layout(weights.to(dtype), factors_layout)
+    wait_for(buffers, 1)
     for tile in range(1, num_full):
         highest, total, factors, acc = _attend_tile(
             (highest, total, factors, acc), rows, buffers, row_position, tile, num_tiles, kv_end, scale_log2,
@@ -124,7 +127,7 @@ def attend(
             (highest, total, factors, acc), rows, buffers, row_position, tile, num_tiles, kv_end, scale_log2,
             True, BOX_ROWS, scores_layout, acc_layout,
         )  # fmt: skip
-    values = wait_for(buffers, turn_of_values(num_tiles - 1, num_tiles))
+    values = tile_in(buffers, turn_of_values(num_tiles - 1, num_tiles))
     acc = warpgroup_mma(factors, values, acc, is_async=True)
     acc, factors = warpgroup_mma_wait(0, deps=(acc, factors))
     return acc / gl.convert_layout(total, gl.SliceLayout(1, acc_layout))[:, None]

@@ -125,15 +125,15 @@ def fits_gluon(
     sliding_window: int | None,
     target: Target,
 ) -> bool:
-    """Whether the kernel in Gluon computes this: Hopper, whole panels of 16-bit dimensions, pages of whole swizzles, no
-    window, and rows enough for its tiles."""
+    """Whether the kernel in Gluon computes this: Hopper, whole panels of 16-bit dimensions, pages of 16 tokens or more
+    (the warps that load have no registers for more pages of a tile), no window, and rows enough for its tiles."""
     block_size = k_cache.shape[2]
     return (
         target.arch == 90
         and query.dtype in (torch.bfloat16, torch.float16)
         and k_cache.dtype == query.dtype
         and query.shape[2] in GLUON_LAUNCH
-        and block_size >= 8
+        and block_size >= 16
         and block_size & (block_size - 1) == 0
         and all(stride % 8 == 0 for stride in k_cache.stride()[:2])
         and sliding_window is None

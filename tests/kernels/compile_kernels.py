@@ -46,6 +46,8 @@ TYPE_NAMES = {
     torch.int64: "*i64",
 }
 TARGETS = (A100, H100, B200, MI300)
+PRODUCT_UNDER_WAY = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1 .*?WARPGROUP\.DEPBAR\.LE gsb0, 0x0 ", re.DOTALL)
+"""Machine code between two waits for wgmma: the older product is done, the other one is not."""
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -152,6 +154,7 @@ def nvidia_resources(compiled: Any) -> tuple[int, int, dict[str, int]]:
     names = ("HMMA", "HGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "FADD", "LDGSTS", "LDG.E.128", "STG.E.128")
     names += ("UTMALDG", "USETMAXREG")
     mma = {name: len(re.findall(rf"\b{name}", sass)) for name in names}
+    mma["EX2 beside HGMMA"] = sum(section.count("MUFU.EX2") for section in PRODUCT_UNDER_WAY.findall(sass))
     return int(found[1]), int(found[2]), mma
 
 

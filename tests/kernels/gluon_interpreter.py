@@ -6,8 +6,8 @@ be a race on a GPU is an error here, whatever the order:
 
 - who is told of a copy's arrival by nobody, or waits for ever: `Deadlock`;
 - reading what no copy or store has been ordered before, writing what a matrix product may still read, using a product's
-  result before waiting for it, a barrier that the TMA may not know of, or at which more arrive than it counts, or other
-  bytes than it expects: `Race`.
+  result before waiting for it or giving its registers up, a barrier that the TMA may not know of, or at which more
+  arrive than it counts, or other bytes than it expects: `Race`.
 
 Shared memory holds NaN until something is written, and again from the moment at which a copy is asked for. Where
 elements lie in it is what Triton says of the layout. Layouts of registers, barriers among the warps of one partition,
@@ -179,11 +179,12 @@ def warpgroup_mma(a: Any, b: View, acc: Any, *, use_acc: bool = True, is_async: 
     if not is_async:
         raise NotImplementedError("products that are not asynchronous")
     operands = [operand for operand in (a, b) if isinstance(operand, View)]
+    registers = None if isinstance(a, View) else a
     left = a.operand() if isinstance(a, View) else a.data
     if a.dtype != b.dtype or isinstance(acc, Pending):
         raise TypeError(f"a product of {a.dtype} and {b.dtype} is added to {acc}")
     product = left @ b.operand()
-    pending = Pending(Tensor(acc.data + product if use_acc else product, tl.float32), operands)
+    pending = Pending(Tensor(acc.data + product if use_acc else product, tl.float32), operands, registers)
     current().products.append(pending)
     current().pause()
     return pending
@@ -194,6 +195,8 @@ def warpgroup_mma_wait(num_outstanding: int, deps: Sequence[Any]) -> Any:
     while len(products) > num_outstanding:
         done = products.pop(0)
         done.is_done = True
+        if done.registers is not None and not any(value is done.registers for value in deps):
+            raise Race("a product may still read registers that are free for others")
         for view in done.operands:
             view.memory.readers[view.at] -= 1
     for value in deps:

@@ -110,6 +110,7 @@ class Pending:
 
     result: Tensor
     operands: list[View]
+    registers: Tensor | None  # the left operand, if it is no View
     is_done: bool = False
 
 

@@ -126,14 +126,17 @@ def run_prefill(problem: Problem, run: Run = paged_prefill, **options: Any) -> t
     return run(*arguments, **lens, **p.scales, **options)
 
 
-def check(attend: Callable[..., torch.Tensor], problem: Problem, **options: Any) -> torch.Tensor:
-    """Compare with float64 of the same rounded inputs; the output starts out as NaN. Returns it.
+def check(
+    attend: Callable[..., torch.Tensor], problem: Problem, out: torch.Tensor | None = None, **options: Any
+) -> torch.Tensor:
+    """Compare with float64 of the same rounded inputs; the output, `out` or a tensor of its own, starts out as NaN.
+    Returns it.
 
     `attend` is run_decode or run_prefill; options are what it hands on, backend="triton" if there are none.
     The tolerance is absolute, and the values are averages of standard normal ones: it allows a rounding of the result
     and of the softmax weights to the dtype, and little more.
     """
-    out = torch.full_like(problem.query, float("nan"))
+    out = torch.full_like(problem.query, float("nan")) if out is None else out.fill_(float("nan"))
     result = attend(problem, out=out, **(options or {"backend": "triton"}))
     assert result is out
     expected = attend(problem.to(torch.float64), backend="reference")

@@ -23,6 +23,7 @@ from compile_kernels import Resources
 from triton.runtime.jit import JITFunction
 
 from quire.kernels.paged_decode.parameters import RESIDENT_PROGRAMS
+from quire.kernels.paged_prefill.parameters import GLUON_LAUNCH
 
 NUM_PROCESSES = 2
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -136,6 +137,15 @@ def test_gluon_kernels_specialise_their_warps(report: Report) -> None:
     for row in rows:
         assert row.mma.keys() >= {"HGMMA", "UTMALDG", "USETMAXREG"}, row
         assert 3 * 128 * row.registers <= 65_536, row
+
+
+def test_gluon_kernels_weigh_keys_while_values_are_multiplied(report: Report) -> None:
+    """ptxas moves a wait for a product ahead of arithmetic that does not need it, if no branch is between them."""
+    for row in (row for row in report.rows if row.kernel == "gluon_prefill_kernel"):
+        head_dim = int(row.case.removeprefix("gluon-d"))
+        num_weights = GLUON_LAUNCH[head_dim][0] // 2  # of a thread: 64 rows of a tile are shared by 128
+        num_loops = 2 * 2  # of each group of warps the one with masks and the one without
+        assert row.mma["EX2 beside HGMMA"] >= num_loops * num_weights, row
 
 
 def test_sums_of_fp8_products_are_added_up_in_float32(report: Report) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,7 @@ import gluon_interpreter
 import pytest
 import torch
 from gluon_machine import Deadlock, Race
-from paged_problems import Problem, Shape, check, make_problem, run_prefill
+from paged_problems import Problem, Shape, check, far_apart, make_problem, run_prefill
 
 from quire.kernels import launch_tables
 from quire.kernels.launch_tables import Entry, Table
@@ -27,8 +28,17 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     return gluon_interpreter.load_prefill(tmp_path_factory.mktemp("gluon"))
 
 
-def attend(module: ModuleType, problem: Problem, tile: tuple[int, int] | None = None, seed: int = 0) -> None:
-    """Compare with float64; `tile` is block_n and num_slots, `seed` the order in which partitions and copies go."""
+def attend(
+    module: ModuleType,
+    problem: Problem,
+    tile: tuple[int, int] | None = None,
+    seed: int = 0,
+    out: torch.Tensor | None = None,
+) -> None:
+    """Compare with float64; `tile` is block_n and num_slots, `seed` the order in which partitions and copies go.
+
+    `out` is where the result is written, if not to a tensor of its own.
+    """
     shape = problem.shape
     longest = max(shape.query_lens)
     reasoned = prefill_parameters(problem.query.dtype, shape.head_dim, shape.group_size, longest, H100)
@@ -39,10 +49,7 @@ def attend(module: ModuleType, problem: Problem, tile: tuple[int, int] | None = 
         module.launch_gluon(*arguments, out, parameters)
         return out
 
-    def attended(problem: Problem, **options: Any) -> torch.Tensor:
-        return run_prefill(problem, **options)  # with `run`, or the reference
-
-    check(attended, problem, run=run)
+    check(run_prefill, problem, out, run=run)
 
 
 def attend_in_orders(module: ModuleType, problem: Problem) -> None:
@@ -52,7 +59,7 @@ def attend_in_orders(module: ModuleType, problem: Problem) -> None:
 
 SHAPES = [
     Shape((1, 7, 33, 64), (1, 7, 33, 64), num_kv_heads=1, group_size=4, head_dim=64),
-    Shape((100,), (421,), num_kv_heads=2, group_size=2, head_dim=64, block_size=8),
+    Shape((100,), (421,), num_kv_heads=2, group_size=2, head_dim=64, block_size=16),
     Shape((70, 33), (300, 65), num_kv_heads=2, group_size=4, head_dim=128),
     Shape((70, 33, 0), (300, 65, 12), num_kv_heads=1, group_size=7, head_dim=128, block_size=64),
     Shape((130,), (257,), num_kv_heads=1, group_size=1, head_dim=128, block_size=128),
@@ -79,7 +86,7 @@ def test_any_order_and_ring(seed: int, interpreted: ModuleType) -> None:
         num_kv_heads=1,
         group_size=generator.choice([1, 3, 8]),
         head_dim=generator.choice([64, 128]),
-        block_size=generator.choice([8, 16, 32, 64, 128]),
+        block_size=generator.choice([16, 32, 64, 128]),
         seed=seed,
     )
     tile = (block_n, generator.randint(2, 6))
@@ -103,7 +110,17 @@ UNSAFE = {
     "values are never left": ("    leave(buffers, v_turn)\n", ""),
     "scores are not waited for": ("warpgroup_mma_wait(1, deps=(scores,))", "warpgroup_mma_wait(2, deps=(scores,))"),
     "a tile is not waited for": ("mbarrier.wait(full.index(turn % num_slots)", "gl.maximum(turn"),
-    "a tile is waited for in the wrong phase": ("num_slots & 1)\n    return", "num_slots + 1 & 1)\n    return"),
+    "a tile is waited for in the wrong phase": (
+        "mbarrier.wait(full.index(turn % num_slots), turn // num_slots & 1)",
+        "mbarrier.wait(full.index(turn % num_slots), turn // num_slots + 1 & 1)",
+    ),
+    "the next keys are not waited for": ("    wait_for(buffers, v_turn + 1)\n", ""),
+    "the first values or second keys are not waited for": ("    wait_for(buffers, 1)\n", ""),
+    "the next keys are waited for in the turn of the ones after": ("buffers, v_turn + 1)", "buffers, v_turn + 3)"),
+    "weights are not kept until they are multiplied": (
+        "    wait_for(buffers, v_turn + 1)\n    acc, factors = warpgroup_mma_wait(0, deps=(acc, factors))\n",
+        "    wait_for(buffers, v_turn + 1)\n    acc = warpgroup_mma_wait(0, deps=(acc,))\n",
+    ),
     "queries are not fenced": ("other=0.0))\n    fence_async_shared()\n", "other=0.0))\n"),
     "barriers are not fenced": ("    fence_async_shared()  # the TMA", "    # the TMA"),
     "values come in another order": ("gl.minimum(2 * tile + 2,", "gl.minimum(2 * tile + 4,"),
@@ -129,7 +146,10 @@ WRONG = {
     "what stands before a box is seen": ("(position >= first)[None, :] &", "(position >= 0)[None, :] &"),
     "a tile too many is not masked": ("(first_position + 1) // block_n", "first_position // block_n + 1"),
     "what was before does not decay": ("gl.convert_layout(decay,", "gl.convert_layout(decay * 0 + 1,"),
-    "panels are in another order": ("panel * PANEL], full", "(num_panels - 1 - panel) * PANEL], full"),
+    "panels are in another order": ("row, panel * PANEL]", "row, (num_panels - 1 - panel) * PANEL]"),
+    "the last tile is fetched like the others": ("if IS_LAST:\n            shift", "if False:\n            shift"),
+    "pages come in another order": ("_block_ids(table, tile,", "_block_ids(table, last - 1 - tile,"),
+    "the last pages come from the tile before": ("_block_ids(table, last,", "_block_ids(table, last - 1,"),
     "the second group has the first one's rows": ("strides, scale_log2, ROWS,", "strides, scale_log2, 0,"),
 }
 
@@ -140,6 +160,41 @@ def test_faults_of_the_arithmetic_are_noticed(fault: str, tmp_path: Path) -> Non
     problem = make_problem(Shape((61,), (196,), num_kv_heads=1, head_dim=128), torch.bfloat16, CPU)
     with pytest.raises(AssertionError, match=r"poison|off by"):
         attend(module, problem, (64, 3))
+
+
+def test_tables_are_not_read_beyond_the_last_page(interpreted: ModuleType, tmp_path: Path) -> None:
+    """The table has but the pages that there are; a load from behind it is an error."""
+    problem = make_problem(Shape((61,), (196,), num_kv_heads=1, head_dim=128), torch.bfloat16, CPU)
+    exact = replace(problem, block_tables=problem.block_tables[:, :13].clone())
+    attend(interpreted, exact, (64, 3))
+    careless = gluon_interpreter.load_prefill(tmp_path, [("gl.minimum(first, kv_end - 1)", "first")])
+    with pytest.raises(IndexError, match="outside its tensor"):
+        attend(careless, exact, (64, 3))
+
+
+def test_offsets_past_2_to_the_31(interpreted: ModuleType, tmp_path: Path) -> None:
+    """Tokens so far apart that 32-bit offsets wrap around: each stride fits, their multiples do not."""
+    problem = make_problem(Shape((70,), (100,), num_kv_heads=1, group_size=1), torch.bfloat16, CPU)
+    far = replace(problem, query=far_apart(problem.query, 2**25 + 64, tmp_path / "query"))
+    assert 69 * far.query.stride(0) > 2**31
+    out = far_apart(torch.full_like(problem.query, float("nan")), 2**25 + 64, tmp_path / "out")
+    attend(interpreted, far, out=out)
+    narrow = ("    token = (start + token).to(gl.int64)\n", "    token = start + token\n")
+    careless = gluon_interpreter.load_prefill(tmp_path, [narrow])
+    with pytest.raises(OverflowError):
+        attend(careless, far, out=out)
+
+
+@pytest.mark.parametrize(("num_heads", "group_size"), [(2, 4), (1, 17)])
+def test_nothing_else_is_written(num_heads: int, group_size: int, interpreted: ModuleType) -> None:
+    """Rows and heads of a larger tensor, also where heads leave rows of a tile without a token."""
+    shape = Shape((70, 0, 33), (300, 12, 65), num_heads, group_size, head_dim=64)
+    problem = make_problem(shape, torch.bfloat16, CPU)
+    num_tokens, num_heads, head_dim = problem.query.shape
+    wide = torch.full((num_tokens + 2, num_heads + 3, head_dim + 32), 7.0, dtype=torch.bfloat16)
+    attend(interpreted, problem, out=wide[1:-1, 1:-2, 16:-16])
+    wide[1:-1, 1:-2, 16:-16] = 7.0
+    assert (wide == 7.0).all()
 
 
 def chosen(target: Target = H100, window: int | None = None, query_len: int = 512, **changes: Any) -> bool:
@@ -172,11 +227,12 @@ def test_is_chosen_where_a_table_has_it(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.usefixtures("all_measured")
 def test_is_chosen_for_what_it_computes() -> None:
     assert all(chosen(head_dim=head_dim) for head_dim in GLUON_LAUNCH)
-    assert all(chosen(block_size=block_size) for block_size in (8, 16, 32, 64, 128, 256))
+    assert all(chosen(block_size=block_size) for block_size in (16, 32, 64, 128, 256))
     assert not any(chosen(target) for target in (A100, B200, MI300))
     assert not chosen(head_dim=96)
     assert not chosen(dtype=torch.float32)
     assert not chosen(pages=torch.int8)
+    assert not chosen(block_size=8)
     assert not chosen(block_size=24)
     assert not chosen(window=1024)
     assert not chosen(query_len=16)

@@ -48,6 +48,13 @@ def test_other_cases_and_targets_go_by_the_rules(table_of_h100: Path) -> None:
     assert launch_tables.measured("paged_prefill", CASE, H100) == {}
 
 
+def test_a_ring_has_a_slot_for_keys_and_one_for_values(table_of_h100: Path) -> None:
+    entries = {"gluon_prefill": {CASE: Entry({"block_n": 128, "num_slots": 1}, 80.0, 100.0)}}
+    launch_tables.write(table_of_h100, Table({}, entries))
+    with pytest.raises(ValueError, match="num_slots of gluon_prefill cannot be 1"):
+        launch_tables.read(table_of_h100)
+
+
 def test_prefill_is_launched_as_measured_unless_it_is_short(table_of_h100: Path) -> None:
     launch = {"block_m": 64, "block_n": 32, "num_warps": 4, "num_stages": 3}
     entries = {"paged_prefill": {"bfloat16, head 128, pages bfloat16": Entry(launch, 80.0, 100.0)}}
