@@ -15,6 +15,7 @@ from measuring.gpu_peers import Paged
 from measuring.gpu_timing import Call
 from quire.kernels.backend import Backend
 from quire.kernels.cascade_decode import PrefixGroups, cascade_decode
+from quire.kernels.paged_decode import paged_decode
 from quire.kernels.paged_prefill import paged_prefill
 
 
@@ -158,7 +159,15 @@ def checks(scale: Scale, device: torch.device) -> Iterator[tuple[str, Any]]:
     """Names, and what computes for a backend: for the parity stage."""
     for name, num_groups, num_rows in (("one group", 1, 9), ("three groups", 3, 20)):
         (shared, *_) = shared_prefixes(scale, num_groups, num_rows, 640, 40, device)
-        yield f"cascade decode, {name}", lambda backend, shared=shared: run_cascade(shared, backend)
+
+        def decode(backend: Backend, shared: Shared = shared) -> torch.Tensor:
+            """To compare with: a decode that knows of no groups. So a rehearsal compares two computations, too."""
+            p = shared.paged
+            if backend != "reference":
+                return run_cascade(shared, backend)
+            return paged_decode(p.query, p.k_cache, p.v_cache, p.block_tables, p.seq_lens, p.scale, backend="reference")
+
+        yield f"cascade decode, {name}", decode
     for window in (None, 700):
         (p, *_) = gpu_cases.paged_problems(scale, 20, (4096, 900), 16, device)
 

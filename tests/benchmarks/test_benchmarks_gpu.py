@@ -6,10 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from measuring.gpu_cases import Goal, zipf_lengths
+import torch
+from measuring import gpu_cascade, gpu_gluon, gpu_parity
+from measuring.gpu_cases import REHEARSAL, Goal, zipf_lengths
 from measuring.gpu_timing import Replay, medians
+
+from quire.kernels.cascade_decode import cascade_decode
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
@@ -65,3 +70,40 @@ def test_turns_are_taken() -> None:
     order.clear()
     assert set(medians(replays, 0.0)) == {"a", "b"}
     assert order == ["a", "b"] * 4
+
+
+def test_a_wrong_cascade_is_noticed_in_a_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the kernel is the reference there: it is compared with a decode that knows of no groups."""
+
+    def passed() -> list[bool]:
+        found = gpu_parity.checks(REHEARSAL, torch.device("cpu"), "cpu")
+        return [check.passed for check in found if check.name.startswith("cascade")]
+
+    def without_last_token(*arguments: Any, backend: str) -> torch.Tensor:
+        query, k_cache, v_cache, block_tables, seq_lens, *rest = arguments
+        return cascade_decode(query, k_cache, v_cache, block_tables, seq_lens - 1, *rest, backend=backend)
+
+    assert passed() == [True, True]
+    monkeypatch.setattr(gpu_cascade, "cascade_decode", without_last_token)
+    assert passed() == [False, False]
+
+
+CHECK = '{"name": "a", "error": %s, "tolerance": 0.01}'
+
+
+@pytest.mark.parametrize(
+    ("script", "trouble"),
+    [
+        (f"print('{CHECK % 0.001}')", ""),
+        (f"print('{CHECK % 0.1}')", "it is wrong: a"),
+        (f"print('{CHECK % 'Infinity'}')", "it is wrong: a"),
+        (f"print('{CHECK % 0.001}'); raise RuntimeError('an illegal address')", "it failed: RuntimeError: an illegal"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "it failed: exit code -11"),
+        ("import time; time.sleep(60)", "it did not end within 2 s"),
+        ("", "nothing was checked"),
+    ],
+)
+def test_a_kernel_that_is_wrong_or_never_ends_is_left_out(script: str, trouble: str) -> None:
+    _, found = gpu_gluon.attempt_in_process(2.0, (sys.executable, "-S", "-c", script))
+    assert found.startswith(trouble)
+    assert bool(found) == bool(trouble)
