@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -47,9 +46,9 @@ def main() -> None:
     words = loads.Words(arguments.model)
     engine = Engine(EngineConfig(model=str(arguments.model), num_threads=arguments.threads))
 
-    def ended(records: dict[str, Record]) -> Iterator[str]:
-        """One step: its tokens are noted, and whose request has ended is told."""
-        outputs = engine.step()
+    def step(records: dict[str, Record]) -> int:
+        """Note the tokens of one step; how many requests have ended."""
+        outputs, num_ended = engine.step(), 0
         now = time.perf_counter()
         for request_id, _, _, _ in outputs.tokens:
             records[request_id].pieces.append(now)
@@ -61,7 +60,8 @@ def main() -> None:
                 record.num_output_tokens += len(output.token_ids)
             if output.finish_reason is not None:
                 record.ended = now
-                yield output.request_id
+                num_ended += 1
+        return num_ended
 
     def run(name: str, repeat: int) -> tuple[list[Record], float]:
         requests = loads.make_requests(words.ids, name, repeat, arguments.rate)
@@ -81,7 +81,7 @@ def main() -> None:
                 )
                 num_open += 1
             if num_open:
-                num_open -= sum(1 for _ in ended(records))
+                num_open -= step(records)
             else:
                 time.sleep(max(0.0, begin + (todo[-1][1].arrival or 0.0) - now))
         return list(records.values()), time.perf_counter() - begin

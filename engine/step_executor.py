@@ -98,17 +98,14 @@ class StepExecutor:
 
     def _run(self, work: Work, batch: ScheduledBatch) -> Pending | None:
         """Whatever a part of the work has left behind, the whole of it computes the same again."""
-        try:
-            return self._queue.run(work)
-        except torch.OutOfMemoryError:
-            self._queue.release_memory()
-        try:
-            return self._queue.run(work)
-        except torch.OutOfMemoryError:
-            self._queue.release_memory()
-            if batch.block_copies:
-                self._kv.copy_blocks(batch.block_copies)
-            return None
+        for _ in range(2):
+            try:
+                return self._queue.run(work)
+            except torch.OutOfMemoryError:
+                self._queue.release_memory()
+        if batch.block_copies:
+            self._kv.copy_blocks(batch.block_copies)
+        return None
 
     def retire(self) -> tuple[ScheduledBatch, SampledTokens | None]:
         """Wait for the oldest step; what was sampled in it, or None if it did not fit into the device's memory."""

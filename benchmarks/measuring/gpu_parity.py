@@ -36,7 +36,7 @@ class Check:
         return self.error <= self.tolerance
 
 
-def _checked(name: str, compute: Result, tolerance: float, backend: Backend) -> Check:
+def checked(name: str, compute: Result, tolerance: float, backend: Backend) -> Check:
     found, expected = compute(backend).double(), compute("reference").double()
     error = (found - expected).abs().max().item() if not found.isnan().any() else float("inf")
     return Check(name, error, tolerance)
@@ -54,7 +54,7 @@ def checks(scale: Scale, device: torch.device, backend: Backend) -> Iterator[Che
                     p.query, p.k_cache, p.v_cache, p.block_tables, p.seq_lens, p.scale, window, backend=backend
                 )
 
-            yield _checked(f"decode, {name}, page {block_size}", decode, 1e-2, backend)
+            yield checked(f"decode, {name}, page {block_size}", decode, 1e-2, backend)
             (problem, *_) = paged_problems(scale, 48, [length + 48 for length in lens], block_size, device)
 
             def prefill(backend: Backend, p: object = problem, window: int | None = window) -> torch.Tensor:
@@ -63,9 +63,9 @@ def checks(scale: Scale, device: torch.device, backend: Backend) -> Iterator[Che
                     p.query, p.k_cache, p.v_cache, *tables, p.scale, p.query_len, window, backend=backend
                 )
 
-            yield _checked(f"prefill, {name}, page {block_size}", prefill, 1e-2, backend)
+            yield checked(f"prefill, {name}, page {block_size}", prefill, 1e-2, backend)
     for name, compute in gpu_cascade.checks(scale, device):
-        yield _checked(name, compute, 1e-2, backend)
+        yield checked(name, compute, 1e-2, backend)
     yield from _codes_checks(scale, device, backend)
     yield from _small_checks(scale, device, backend)
 
@@ -94,7 +94,7 @@ def _small_checks(scale: Scale, device: torch.device, backend: Backend) -> Itera
     rows, dim = 37, 256
     x, residual = torch.randn((2, rows, dim), dtype=torch.bfloat16, device=device)
     weight = torch.randn(dim, dtype=torch.bfloat16, device=device)
-    yield _checked("RMS norm", lambda b: rms_norm(x, weight, EPS, residual.clone(), backend=b), 6e-2, backend)
+    yield checked("RMS norm", lambda b: rms_norm(x, weight, EPS, residual.clone(), backend=b), 6e-2, backend)
 
     heads, kv_heads, head_dim = scale.num_heads, scale.num_kv_heads, scale.head_dim
     qkv = torch.randn((rows, heads + 2 * kv_heads, head_dim), dtype=torch.bfloat16, device=device)
@@ -110,11 +110,11 @@ def _small_checks(scale: Scale, device: torch.device, backend: Backend) -> Itera
         )
         return torch.cat([query.flatten(), caches.flatten()])
 
-    yield _checked("head norms + RoPE + KV write", rotate, 6e-2, backend)
+    yield checked("head norms + RoPE + KV write", rotate, 6e-2, backend)
 
     logits = torch.randn((64, scale.vocab_size), device=device) * 3
     ids = torch.arange(64, device=device)
-    yield _checked("log-probabilities", lambda b: log_probs(logits, ids, 5, backend=b)[0], 1e-4, backend)
+    yield checked("log-probabilities", lambda b: log_probs(logits, ids, 5, backend=b)[0], 1e-4, backend)
     options = [torch.full((64,), value, device=device) for value in (0.7, 0.9, 0.01)]
     top_k = torch.full((64,), 40, dtype=torch.int32, device=device)
     uniform = torch.rand(64, device=device).double().clamp(2**-24, 1 - 2**-24)
@@ -122,4 +122,4 @@ def _small_checks(scale: Scale, device: torch.device, backend: Backend) -> Itera
     def draw(backend: Backend) -> torch.Tensor:
         return sample(logits, options[0], top_k, options[1], options[2], uniform, backend=backend)
 
-    yield _checked("sampling, same tokens", draw, 0.0, backend)
+    yield checked("sampling, same tokens", draw, 0.0, backend)

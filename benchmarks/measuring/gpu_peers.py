@@ -15,6 +15,7 @@ import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from measuring import gpu_sglang
 from measuring.gathering import gathered
 from measuring.gpu_timing import Call
+from measuring.stub_modules import add_module
 
 absent: dict[str, str] = {}
 """Why a peer is missing, by name."""
@@ -248,16 +250,10 @@ def _norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: fl
 
 def install_vllm_stubs(root: Path) -> None:
     """vLLM's files out of `root`/vllm, on the least of its packages that they ask for."""
-
-    def module(name: str, **members: object) -> None:
-        made = types.ModuleType(name)
-        made.__dict__.update(members)
-        made.__path__ = [str(root / name.replace(".", "/"))]
-        sys.modules[name] = made
-
     import triton
     import triton.language
 
+    module = partial(add_module, root)
     platform = types.SimpleNamespace(
         fp8_dtype=lambda: torch.float8_e4m3fn,
         is_cuda=lambda: True,

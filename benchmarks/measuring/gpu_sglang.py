@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import sys
 import types
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from measuring.gathering import token_slots
+from measuring.stub_modules import add_module
 
 if TYPE_CHECKING:
     from measuring.gpu_peers import Paged
@@ -22,13 +23,7 @@ MAX_KV_SPLITS = 8  # of a sequence, as its server has it unless told otherwise
 
 def install_stubs(root: Path) -> None:
     """`root`/sglang holds decode_attention, extend_attention, metadata and score_mod."""
-
-    def module(name: str, **members: object) -> None:
-        made = types.ModuleType(name)
-        made.__dict__.update(members)
-        made.__path__ = [str(root / name.replace(".", "/"))]
-        sys.modules[name] = made
-
+    module = partial(add_module, root)
     for package in ("sglang", "sglang.kernels", "sglang.kernels.ops", OPERATIONS, "sglang.srt"):
         module(package)
     module("sglang.srt.environ", envs=types.SimpleNamespace())
