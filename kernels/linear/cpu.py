@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numba
 import numpy as np
 import torch
 
@@ -11,6 +12,7 @@ from quire.kernels.cpu_activation import CODES, NO_ACTIVATION
 from quire.kernels.cpu_elements import int64_pointer, move, pointer_to, take
 from quire.kernels.cpu_epilogue import finish_row
 from quire.kernels.cpu_matrix import MAX_PASSES_AHEAD, MAX_ROWS, PANEL, multiply_panel, new_tile
+from quire.kernels.cpu_tiles import ROWS_PER_BLOCK, TILE_DEPTH, has_tiles, multiply_block, new_block
 from quire.kernels.cpu_ranges import Panels, enter_ranges, open_ranges, state_bytes, take_unit
 from quire.kernels.cpu_workers import Worker, new_tensor, scratch, thread_number_address
 
@@ -47,12 +49,30 @@ def _prepare(shared: Any) -> None:
     open_ranges(int64_pointer(parameters[RANGES]), parameters[NUM_RANGES])
 
 
+@numba.njit
+def _finish_rows(parameters, shared, panel, first_row, count, tile):  # type: ignore[no-untyped-def]
+    """Write a panel's results for `count` rows, whose sums `tile` holds."""
+    bias, gated, out_features = parameters[BIAS], parameters[GATED], parameters[OUT_FEATURES]
+    features_per_panel = PANEL // 2 if gated else PANEL
+    first_feature = panel * features_per_panel
+    for row in range(count):
+        finish_row(
+            shared,
+            move(tile, row * PANEL),
+            bias + panel * PANEL * 4 if bias != 0 else 0,
+            parameters[ACTIVATION],
+            gated,
+            parameters[OUT],
+            parameters[OUT_IS_FLOAT32],
+            (first_row + row) * out_features + first_feature,
+            min(features_per_panel, out_features - first_feature),
+        )
+
+
 def _multiply(shared: Any) -> None:
     parameters = int64_pointer(shared)
-    num_rows, depth, gated = parameters[NUM_ROWS], parameters[IN_FEATURES], parameters[GATED]
-    x_stride, out_features, bias = parameters[X_STRIDE], parameters[OUT_FEATURES], parameters[BIAS]
+    num_rows, depth, x_stride = parameters[NUM_ROWS], parameters[IN_FEATURES], parameters[X_STRIDE]
     x, weight = pointer_to(parameters[X], shared), pointer_to(parameters[WEIGHT], shared)
-    features_per_panel = PANEL // 2 if gated else PANEL
     tile = new_tile()
     num_blocks = -(-num_rows // _ROWS_PER_UNIT)
     num_units = parameters[NUM_PANELS] * num_blocks
@@ -62,8 +82,6 @@ def _multiply(shared: Any) -> None:
     while unit < num_units:
         following = take_unit(ranges, num_ranges, thread, num_units)
         panel, block = divmod(unit, num_blocks)
-        first_feature = panel * features_per_panel
-        width = min(features_per_panel, out_features - first_feature)
         row, end = block * _ROWS_PER_UNIT, min((block + 1) * _ROWS_PER_UNIT, num_rows)
         num_passes = -(-(end - row) // MAX_ROWS)
         panel_weight = move(weight, panel * parameters[PANEL_STRIDE])
@@ -76,24 +94,43 @@ def _multiply(shared: Any) -> None:
             if num_passes <= passes_ahead:
                 ahead, step = move(next_panel, (passes_ahead - num_passes) * part * (depth // 2)), part
             multiply_panel(move(x, row * x_stride), x_stride, count, panel_weight, depth, tile, ahead, step)
-            for i in range(count):
-                finish_row(
-                    shared,
-                    move(tile, i * PANEL),
-                    bias + panel * PANEL * 4 if bias != 0 else 0,
-                    parameters[ACTIVATION],
-                    gated,
-                    parameters[OUT],
-                    parameters[OUT_IS_FLOAT32],
-                    (row + i) * out_features + first_feature,
-                    width,
-                )
+            _finish_rows(parameters, shared, panel, row, count, tile)
             row += count
             num_passes -= 1
         unit = following
 
 
+def _multiply_tiles(shared: Any) -> None:
+    parameters = int64_pointer(shared)
+    num_rows, depth, x_stride = parameters[NUM_ROWS], parameters[IN_FEATURES], parameters[X_STRIDE]
+    x, weight = pointer_to(parameters[X], shared), pointer_to(parameters[WEIGHT], shared)
+    block_sums = new_block()
+    num_blocks = -(-num_rows // ROWS_PER_BLOCK)
+    num_units = parameters[NUM_PANELS] * num_blocks
+    ranges, num_ranges = int64_pointer(parameters[RANGES]), parameters[NUM_RANGES]
+    thread = enter_ranges(ranges, parameters[THREAD_NUMBER])
+    unit = take_unit(ranges, num_ranges, thread, num_units)
+    while unit < num_units:
+        following = take_unit(ranges, num_ranges, thread, num_units)
+        panel, block = divmod(unit, num_blocks)
+        row = block * ROWS_PER_BLOCK
+        count = min(ROWS_PER_BLOCK, num_rows - row)
+        multiply_block(
+            move(x, row * x_stride),
+            x_stride,
+            count,
+            move(weight, panel * parameters[PANEL_STRIDE]),
+            depth,
+            block_sums,
+            move(weight, following // num_blocks * parameters[PANEL_STRIDE]),
+            following < num_units,
+        )
+        _finish_rows(parameters, shared, panel, row, count, block_sums)
+        unit = following
+
+
 WORKER = Worker(_multiply, _prepare)
+TILES_WORKER = Worker(_multiply_tiles, _prepare)
 
 
 def linear(
@@ -117,7 +154,9 @@ def linear(
     )
     is_small = num_rows * num_panels * PANEL * depth < _MIN_PRODUCTS
     panels = Panels(weight.data.data_ptr(), num_panels, weight.data.stride(0) * weight.data.itemsize)
-    WORKER.run(x.dtype, parameters, 1 if is_small else num_threads, panels)
+    in_tiles = x.dtype == torch.bfloat16 and depth % TILE_DEPTH == 0 and has_tiles()
+    worker = TILES_WORKER if in_tiles else WORKER
+    worker.run(x.dtype, parameters, 1 if is_small else num_threads, panels)
     return out
 
 
