@@ -52,27 +52,27 @@ _HALF_BYTES = _LINE_BYTES // 2
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 _BYTE, _SHORT = ir.IntType(8), ir.IntType(16)
-_HAS_TILES = PANEL == 4 * _TILE_ROWS and has_feature("amx-bf16") and architecture() == "x86_64"
+HAS_TILES = PANEL == 4 * _TILE_ROWS and has_feature("amx-bf16") and architecture() == "x86_64"
 
 
 @functools.cache
 def has_tiles() -> bool:
     """Whether kernels may use tile registers. The system is asked for them, once for all threads of the process."""
-    if not _HAS_TILES or sys.platform != "linux":
+    if not HAS_TILES or sys.platform != "linux":
         return False
     return int(ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)) == 0
 
 
-def _instruction(builder: Builder, name: str, *operands: Value | int) -> None:
+def instruction(builder: Builder, name: str, *operands: Value | int) -> None:
     """Tiles are named by their numbers, which are part of the instruction."""
     arguments = [ir.Constant(_BYTE, operand) if isinstance(operand, int) else operand for operand in operands]
     lanes.call(builder, f"llvm.x86.{name}", ir.VoidType(), arguments)
 
 
 @emitted(nothing)
-def _configure(builder: Builder, kinds: Kinds, first_rows: Value, second_rows: Value) -> None:
+def configure_tiles(builder: Builder, kinds: Kinds, first_rows: Value, second_rows: Value) -> None:
     """Before tiles are used: how many rows of x the first and the second of two tiles have, up to 16 each."""
-    if not _HAS_TILES:
+    if not HAS_TILES:
         return
     memory = cgutils.alloca_once(builder, _BYTE, size=64)
     cgutils.memset(builder, memory, ir.Constant(I64, 64), 0)
@@ -86,14 +86,14 @@ def _configure(builder: Builder, kinds: Kinds, first_rows: Value, second_rows: V
         columns = builder.bitcast(at(builder, memory, 16 + 2 * tile), _SHORT.as_pointer())
         builder.store(ir.Constant(_SHORT, _TILE_BYTES), columns)
         builder.store(builder.trunc(count, _BYTE), at(builder, memory, 48 + tile))
-    _instruction(builder, "ldtilecfg", memory)
+    instruction(builder, "ldtilecfg", memory)
 
 
 @emitted(nothing)
-def _release(builder: Builder, kinds: Kinds) -> None:
+def release_tiles(builder: Builder, kinds: Kinds) -> None:
     """Once tiles are not used any more: the system then need not keep them for this thread."""
-    if _HAS_TILES:
-        _instruction(builder, "tilerelease")
+    if HAS_TILES:
+        instruction(builder, "tilerelease")
 
 
 @emitted(nothing)
@@ -107,23 +107,23 @@ def _multiply_whole(
     tile: Value,
 ) -> None:
     """tile[row, :] = x[row, :] @ panel, all addresses, for as many rows as the first tile is configured for."""
-    if not _HAS_TILES:
+    if not HAS_TILES:
         return
     x, panel, tile = (builder.inttoptr(address, _BYTE.as_pointer()) for address in (x, panel, tile))
     line = integer(_LINE_BYTES)
     for part in range(4):
-        _instruction(builder, "tilezero", part)
+        instruction(builder, "tilezero", part)
     with cgutils.for_range(builder, num_steps, intp=I64) as loop:
         weights = at(builder, panel, builder.mul(loop.index, integer(_STEP_BYTES)))
-        _instruction(
+        instruction(
             builder, "tileloadd64", 4, at(builder, x, builder.mul(loop.index, integer(_TILE_BYTES))), x_stride
         )
         for part in range(4):
             register = 5 + part % 3
-            _instruction(builder, "tileloadd64", register, at(builder, weights, part * _TILE_BYTES), line)
-            _instruction(builder, "tdpbf16ps", part, 4, register)
+            instruction(builder, "tileloadd64", register, at(builder, weights, part * _TILE_BYTES), line)
+            instruction(builder, "tdpbf16ps", part, 4, register)
     for part in range(4):
-        _instruction(builder, "tilestored64", part, at(builder, tile, part * _TILE_BYTES), line)
+        instruction(builder, "tilestored64", part, at(builder, tile, part * _TILE_BYTES), line)
 
 
 @emitted(nothing)
@@ -142,23 +142,23 @@ def _multiply_half(
 
     Meanwhile `ahead_lines` lines at `ahead` are brought into the second level of the cache in each step.
     """
-    if not _HAS_TILES:
+    if not HAS_TILES:
         return
     x, panel, tile, ahead = (builder.inttoptr(address, _BYTE.as_pointer()) for address in (x, panel, tile, ahead))
     line, second = integer(_LINE_BYTES), builder.mul(integer(_TILE_ROWS), x_stride)
     for sums in range(4):
-        _instruction(builder, "tilezero", sums)
+        instruction(builder, "tilezero", sums)
     with cgutils.for_range(builder, num_steps, intp=I64) as loop:
         weights = at(builder, panel, builder.mul(loop.index, integer(_STEP_BYTES)))
         rows = at(builder, x, builder.mul(loop.index, integer(_TILE_BYTES)))
-        _instruction(builder, "tileloadd64", 6, weights, line)
-        _instruction(builder, "tileloadd64", 4, rows, x_stride)
-        _instruction(builder, "tdpbf16ps", 0, 4, 6)
-        _instruction(builder, "tileloadd64", 7, at(builder, weights, _TILE_BYTES), line)
-        _instruction(builder, "tdpbf16ps", 1, 4, 7)
-        _instruction(builder, "tileloadd64", 5, at(builder, rows, second), x_stride)
-        _instruction(builder, "tdpbf16ps", 2, 5, 6)
-        _instruction(builder, "tdpbf16ps", 3, 5, 7)
+        instruction(builder, "tileloadd64", 6, weights, line)
+        instruction(builder, "tileloadd64", 4, rows, x_stride)
+        instruction(builder, "tdpbf16ps", 0, 4, 6)
+        instruction(builder, "tileloadd64", 7, at(builder, weights, _TILE_BYTES), line)
+        instruction(builder, "tdpbf16ps", 1, 4, 7)
+        instruction(builder, "tileloadd64", 5, at(builder, rows, second), x_stride)
+        instruction(builder, "tdpbf16ps", 2, 5, 6)
+        instruction(builder, "tdpbf16ps", 3, 5, 7)
         next_weights = at(builder, ahead, builder.mul(builder.mul(loop.index, ahead_lines), integer(_TILE_BYTES)))
         with cgutils.for_range(builder, ahead_lines, intp=I64) as lines:
             index = builder.mul(lines.index, integer(_TILE_BYTES))
@@ -166,7 +166,7 @@ def _multiply_half(
     for sums in range(4):
         row, part = divmod(sums, 2)
         place = at(builder, tile, row * _TILE_ROWS * _LINE_BYTES + part * _TILE_BYTES)
-        _instruction(builder, "tilestored64", sums, place, line)
+        instruction(builder, "tilestored64", sums, place, line)
 
 
 @numba.njit
@@ -187,7 +187,7 @@ def multiply_block(x, x_stride, num_rows, panel, depth, tile, ahead, is_ahead): 
         for row in range(0, num_paired, _ROWS_TOGETHER):
             count = min(_ROWS_TOGETHER, num_paired - row)
             if count != configured:
-                _configure(_TILE_ROWS, count - _TILE_ROWS)
+                configure_tiles(_TILE_ROWS, count - _TILE_ROWS)
                 configured = count
             _multiply_half(
                 x + row * stride,
@@ -200,9 +200,9 @@ def multiply_block(x, x_stride, num_rows, panel, depth, tile, ahead, is_ahead): 
             )
             ahead += num_steps * lines * _TILE_BYTES
     if num_paired < num_rows:
-        _configure(num_rows - num_paired, 0)
+        configure_tiles(num_rows - num_paired, 0)
         _multiply_whole(x + num_paired * stride, stride, panel, num_steps, tile + num_paired * _LINE_BYTES)
-    _release()
+    release_tiles()
 
 
 @emitted(lambda: types.CPointer(types.float32))

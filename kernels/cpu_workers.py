@@ -197,7 +197,7 @@ def _cache_directory() -> Iterator[bool]:
 def _writable_cache_directory() -> str:
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for source in sorted([*here.glob("cpu_*.py"), *here.glob("*/cpu.py")]):
+    for source in sorted([*here.glob("cpu_*.py"), *here.glob("*/cpu*.py")]):
         digest.update(source.read_bytes())
     try:
         base = Path(numba.config.CACHE_DIR or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

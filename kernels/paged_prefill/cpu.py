@@ -13,19 +13,21 @@ from quire.kernels import cpu_elements as elements
 from quire.kernels import cpu_vector as vector
 from quire.kernels.cpu_elements import float32_pointer, int8_pointer, int32_pointer, int64_pointer, move, pointer_to
 from quire.kernels.cpu_lanes import LANES, LOWEST, padded
+from quire.kernels.cpu_tiles import has_tiles
 from quire.kernels.cpu_workers import Worker, new_tensor, scratch
-
-_TILE = 64
-"""Positions of a tile of keys and values. Tiles begin at multiples of it wherever a chunk of a prompt begins, so a
-token's result depends neither on the chunks nor on the batch."""
-
-_MAX_ROWS = 128  # rows of a tile of queries; a row is one token and one query head
-_TILES_PER_THREAD = 2  # at least so many tiles of queries for each thread, if there are enough tokens
-
-# After the common fields.
-QUERY_START, TOKENS_PER_TILE, MAX_TOKENS_PER_TILE, NUM_THREADS, SCRATCH, SCRATCH_SIZE = range(
-    call.NUM_COMMON, call.NUM_COMMON + 6
+from quire.kernels.paged_prefill.cpu_fields import (
+    MAX_ROWS,
+    MAX_TOKENS_PER_TILE,
+    NUM_THREADS,
+    QUERY_START,
+    SCRATCH,
+    SCRATCH_SIZE,
+    TOKENS_PER_TILE,
 )
+from quire.kernels.paged_prefill.cpu_fields import POSITIONS as _TILE
+from quire.kernels.paged_prefill.cpu_tiles import attend_in_tiles, tile_scratch_size
+
+_TILES_PER_THREAD = 2  # at least so many tiles of queries for each thread, if there are enough tokens
 
 
 @numba.njit
@@ -117,7 +119,7 @@ def _add_values(weights, num_rows, num_heads, position, window, start, tainted, 
         )  # fmt: skip
 
 
-@numba.njit(inline="always")
+@numba.njit
 def _attend_tile(parameters, shared, page, seq, kv_head, first_token, scratch):  # type: ignore[no-untyped-def]
     """The tokens of a sequence from its `first_token`-th new one on, for the query heads of one KV head."""
     num_heads, head_dim = parameters[call.GROUP_SIZE], parameters[call.HEAD_DIM]
@@ -175,8 +177,8 @@ def _attend_tile(parameters, shared, page, seq, kv_head, first_token, scratch): 
 
 
 @numba.njit(inline="always")
-def _share_out(shared, page):  # type: ignore[no-untyped-def]
-    """`shared` points to elements of the query's dtype, `page` to such as the cache holds."""
+def _share_out(shared, page, attend):  # type: ignore[no-untyped-def]
+    """`shared` points to elements of the query's dtype, `page` to such as the cache holds; `attend` does a unit."""
     parameters = int64_pointer(shared)
     thread = elements.take(move(parameters, call.THREAD))
     scratch = int64_pointer(parameters[SCRATCH] + 8 * thread * parameters[SCRATCH_SIZE])
@@ -189,17 +191,25 @@ def _share_out(shared, page):  # type: ignore[no-untyped-def]
         while unit < first_unit + num_tiles * num_kv_heads:
             tile, kv_head = divmod(unit - first_unit, num_kv_heads)
             # The last tile sees the most positions: taken first, it does not keep the other threads waiting.
-            _attend_tile(parameters, shared, page, seq, kv_head, (num_tiles - 1 - tile) * tokens_per_tile, scratch)
+            attend(parameters, shared, page, seq, kv_head, (num_tiles - 1 - tile) * tokens_per_tile, scratch)
             unit = elements.take(parameters)
         first_unit += num_tiles * num_kv_heads
 
 
 def _attend(shared: Any) -> None:
-    _share_out(shared, shared)
+    _share_out(shared, shared, _attend_tile)
 
 
 def _attend_codes(shared: Any) -> None:
-    _share_out(shared, int8_pointer(shared))
+    _share_out(shared, int8_pointer(shared), _attend_tile)
+
+
+def _attend_in_tiles(shared: Any) -> None:
+    _share_out(shared, shared, attend_in_tiles)
+
+
+def _attend_codes_in_tiles(shared: Any) -> None:
+    _share_out(shared, int8_pointer(shared), attend_in_tiles)
 
 
 @numba.njit
@@ -227,6 +237,8 @@ def _prepare(shared: Any) -> None:
 
 WORKER = Worker(_attend, _prepare)
 CODES_WORKER = Worker(_attend_codes, _prepare)
+TILES_WORKER = Worker(_attend_in_tiles, _prepare)
+CODES_TILES_WORKER = Worker(_attend_codes_in_tiles, _prepare)
 
 
 def paged_prefill(
@@ -249,14 +261,16 @@ def paged_prefill(
     _, num_heads, head_dim = query.shape
     num_kv_heads, num_threads = k_cache.shape[1], torch.get_num_threads()
     group_size = num_heads // num_kv_heads
-    max_tokens_per_tile = max(1, _MAX_ROWS // group_size)
+    max_tokens_per_tile = max(1, MAX_ROWS // group_size)
     padded_dim, rows = padded.py_func(head_dim), padded.py_func(max_tokens_per_tile * group_size)
-    scratch_size = _scratch_size.py_func(padded_dim, rows)
+    in_tiles = query.dtype == torch.bfloat16 and has_tiles()
+    scratch_size = tile_scratch_size(head_dim) if in_tiles else _scratch_size.py_func(padded_dim, rows)
     memory = scratch(8 * num_threads * scratch_size)
     common = call.describe(
         query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out, k_scales, v_scales
     )
     own = (query_start.data_ptr(), 0, max_tokens_per_tile, num_threads, memory, scratch_size)
-    worker = WORKER if k_scales is None else CODES_WORKER
+    workers = (TILES_WORKER, CODES_TILES_WORKER) if in_tiles else (WORKER, CODES_WORKER)
+    worker = workers[k_scales is not None]
     worker.run(query.dtype, np.array([*common, *own], np.int64), num_threads)
     return out
