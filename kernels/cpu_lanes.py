@@ -224,13 +224,24 @@ def exp2(builder: Builder, exponent: Value) -> Value:
     Below 2 ** -126 it is 0, so exactly 0 for -inf; 2 ** 0 is exactly 1.
     """
     tiny = builder.fcmp_ordered("<", exponent, constant(-126.0))
+    if LANES == 16:  # AVX-512 scales by a power of two in one instruction
+        whole = call(builder, f"llvm.roundeven.v{LANES}f32", _VECTOR, [exponent])
+        power = _exp2_of_fraction(builder, builder.fsub(exponent, whole))
+        everywhere, as_is = ir.Constant(ir.IntType(16), -1), ir.Constant(I32, 4)
+        arguments = [power, whole, constant(0.0), everywhere, as_is]
+        power = call(builder, "llvm.x86.avx512.mask.scalef.ps.512", _VECTOR, arguments)
+        return builder.select(tiny, constant(0.0), power)
     exponent = builder.select(tiny, constant(-126.0), exponent)
     shifted = builder.fadd(exponent, constant(ROUND))
-    fraction = builder.fsub(exponent, builder.fsub(shifted, constant(ROUND)))
-    power = constant(_EXP2[-1])
-    for coefficient in (*_EXP2[-2::-1], 1.0):
-        power = multiply_add(builder, power, fraction, constant(coefficient))
+    power = _exp2_of_fraction(builder, builder.fsub(exponent, builder.fsub(shifted, constant(ROUND))))
     bits = builder.shl(builder.bitcast(shifted, _INTEGERS), ir.Constant(_INTEGERS, [23] * LANES))
     bits = builder.add(bits, ir.Constant(_INTEGERS, [127 << 23] * LANES))
     power = builder.fmul(power, builder.bitcast(bits, _VECTOR))
     return builder.select(tiny, constant(0.0), power)
+
+
+def _exp2_of_fraction(builder: Builder, fraction: Value) -> Value:
+    power = constant(_EXP2[-1])
+    for coefficient in (*_EXP2[-2::-1], 1.0):
+        power = multiply_add(builder, power, fraction, constant(coefficient))
+    return power

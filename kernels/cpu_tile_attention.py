@@ -13,6 +13,8 @@ Addresses and counts are integers. A row's result does not depend on the rows be
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -33,6 +35,7 @@ _BYTE, _SHORT = ir.IntType(8), ir.IntType(16)
 _LINE = 64  # bytes of a row of a tile
 _TILE = ROWS * _LINE
 _WORDS, _VECTOR = ir.VectorType(I32, ROWS), ir.VectorType(F32, ROWS)
+_TOGETHER = 4  # positions whose maxima are independent
 _CAN = HAS_TILES and LANES == ROWS
 
 
@@ -57,20 +60,31 @@ def _store_words(builder: Builder, words: Value, pointer: Value) -> None:
 
 
 @emitted(nothing)
-def copy_row(
-    builder: Builder, kinds: Kinds, row: Value, head_dim: Value, padded_dim: Value, target: Value
-) -> None:
+def copy_row(builder: Builder, kinds: Kinds, row: Value, head_dim: Value, padded_dim: Value, target: Value) -> None:
     """The `head_dim` elements of a row as bfloat16 at an address, padded with zeros; codes of int8 are exact in it."""
-    target = builder.inttoptr(target, _SHORT.as_pointer())
+    target, kind = builder.inttoptr(target, _SHORT.as_pointer()), kinds[0].dtype
+    size = DEPTH if kind == BFLOAT16 else LANES
+    whole = builder.and_(head_dim, integer(-size))
+    with cgutils.for_range_slice(builder, integer(0), whole, integer(size), I64) as (dim, _):
+        source, place = at(builder, row, dim), at(builder, target, dim)
+        if kind == BFLOAT16:
+            vector = ir.VectorType(_SHORT, size).as_pointer()
+            builder.store(builder.load(builder.bitcast(source, vector), align=2), builder.bitcast(place, vector), align=2)
+        else:
+            lanes.store_rounded(builder, load(builder, source, kind), place, BFLOAT16, None)
+    with builder.if_then(builder.icmp_signed("<", whole, padded_dim), likely=False):
 
-    def block(dim: Value, _: int, mask: Value | None) -> None:
-        vector = load(builder, at(builder, row, dim), kinds[0].dtype, mask)
-        lanes.store_rounded(builder, vector, at(builder, target, dim), BFLOAT16, None)
+        def block(dim: Value, _: int, mask: Value | None) -> None:
+            vector = load(builder, at(builder, row, whole, dim), kind, mask)
+            lanes.store_rounded(builder, vector, at(builder, target, whole, dim), BFLOAT16, None)
 
-    lanes.over_dims(builder, head_dim, 1, block)
-    done = builder.and_(builder.add(head_dim, integer(LANES - 1)), integer(-LANES))
-    with cgutils.for_range_slice(builder, done, padded_dim, integer(LANES), I64) as (dim, _):
-        lanes.store_rounded(builder, constant(0.0), at(builder, target, dim), BFLOAT16, None)
+        rest = builder.sub(head_dim, whole)
+        lanes.over_dims(builder, rest, 1, block)
+        done = builder.and_(builder.add(rest, integer(LANES - 1)), integer(-LANES))
+        with cgutils.for_range_slice(
+            builder, builder.add(whole, done), padded_dim, integer(LANES), I64
+        ) as (dim, _):
+            lanes.store_rounded(builder, constant(0.0), at(builder, target, dim), BFLOAT16, None)
 
 
 @emitted(nothing)
@@ -142,93 +156,116 @@ def score_rows(
         instruction(builder, "tilestored64", part, at(builder, scores, part * _TILE), line)
 
 
+def _over_positions(builder: Builder, scores: Value, body: Callable[[Value, Value, int], None]) -> None:
+    """body(position, its scores' place, i) over all positions, _TOGETHER of them side by side: the i-th of these."""
+    with cgutils.for_range_slice(builder, integer(0), integer(POSITIONS), integer(_TOGETHER), I64) as (first, _):
+        for i in range(_TOGETHER):
+            position = builder.add(first, integer(i))
+            body(position, row_at(builder, scores, position, integer(ROWS)), i)
+
+
+@emitted(nothing)
+def limit_scores(builder: Builder, kinds: Kinds, scores: Value, limits: Value) -> None:
+    """scores[position, row] = -inf, unless limits[0, row] <= position < limits[1, row]; limits are int32 [2, ROWS]."""
+    if not _CAN:
+        return
+    bounds = builder.inttoptr(limits, I32.as_pointer())
+    low, high = (_load_words(builder, at(builder, bounds, i * ROWS)) for i in range(2))
+
+    def limit(position: Value, place: Value, _: int) -> None:
+        index = lanes.splat(builder, builder.trunc(position, I32))
+        seen = builder.and_(builder.icmp_signed(">=", index, low), builder.icmp_signed("<", index, high))
+        store(builder, builder.select(seen, load(builder, place), constant(float("-inf"))), place)
+
+    _over_positions(builder, _floats_at(builder, scores), limit)
+
+
+@emitted(nothing)
+def multiply_scores(builder: Builder, kinds: Kinds, scores: Value, factors: Value) -> None:
+    """scores[position, :] *= factors[position]."""
+    if not _CAN:
+        return
+    factors = _floats_at(builder, factors)
+
+    def multiply(position: Value, place: Value, _: int) -> None:
+        factor = lanes.splat(builder, builder.load(at(builder, factors, position)))
+        store(builder, builder.fmul(load(builder, place), factor), place)
+
+    _over_positions(builder, _floats_at(builder, scores), multiply)
+
+
 @emitted(nothing)
 def soften(
     builder: Builder,
     kinds: Kinds,
     scores: Value,
     scale: Value,
-    k_scales: Value,
     v_scales: Value,
-    limits: Value,
     maxima: Value,
     divisors: Value,
     factors: Value,
     weights: Value,
 ) -> None:
-    """Scores become weights, times the values' scales: bfloat16 [2, POSITIONS / 2, ROWS, 2], what the first leaves out
-    in the second.
+    """Weights of `scores`, float32 [POSITIONS, ROWS], as bfloat16 [2, POSITIONS / 2, ROWS, 2]: in the second half what
+    the first leaves out.
 
     Args:
-        scores: float32 [POSITIONS, ROWS]; are changed. Their exponentials are to the base of two.
-        scale: what scores are multiplied with, besides the float32 [POSITIONS] at `k_scales`.
-        limits: int32 [2, ROWS]: the first position that a row sees, and the first behind it that it does not; or 0, if
-            all rows see all positions.
+        scale: what scores are multiplied with, positive. Their exponentials are to the base of two.
+        v_scales: float32 [POSITIONS] that weights are multiplied with when they are stored; 0 for none.
         maxima, divisors: float32 [ROWS], of the positions so far, these included once it returns.
         factors: float32 [ROWS]: set to what sums so far are to be multiplied with.
     """
     if not _CAN:
         return
-    addresses = (scores, k_scales, v_scales, maxima, divisors, factors)
-    scores, k_scales, v_scales, maxima, divisors, factors = (_floats_at(builder, address) for address in addresses)
-    bounds = builder.inttoptr(limits, I32.as_pointer())
-    nowhere = constant(float("-inf"))
-    together = 4
-
-    def scaled(position: Value, i: int) -> tuple[Value, Value]:
-        place = row_at(builder, scores, position, integer(ROWS), integer(i * ROWS))
-        factor = builder.fmul(builder.load(at(builder, k_scales, position, i)), scale)
-        return place, builder.fmul(load(builder, place), lanes.splat(builder, factor))
-
+    scores, maxima, divisors, factors = (_floats_at(builder, each) for each in (scores, maxima, divisors, factors))
     previous = load(builder, maxima)
-    best = [lanes.Sum(builder, previous) for _ in range(together)]
-    with builder.if_else(builder.icmp_signed("==", limits, integer(0))) as (all_seen, some_seen):
-        with all_seen:  # noqa: SIM117
-            with cgutils.for_range_slice(builder, integer(0), integer(POSITIONS), integer(together), I64) as (first, _):
-                for i, line in enumerate(best):
-                    place, score = scaled(first, i)
-                    store(builder, score, place)
-                    line.set(builder, lanes.larger(builder, score, line.get(builder)))
-        with some_seen:
-            low, high = (_load_words(builder, at(builder, bounds, i * ROWS)) for i in range(2))
-            with cgutils.for_range_slice(builder, integer(0), integer(POSITIONS), integer(together), I64) as (first, _):
-                for i, line in enumerate(best):
-                    place, score = scaled(first, i)
-                    index = lanes.splat(builder, builder.trunc(builder.add(first, integer(i)), I32))
-                    seen = builder.and_(
-                        builder.icmp_signed(">=", index, low), builder.icmp_signed("<", index, high)
-                    )
-                    score = builder.select(seen, score, nowhere)
-                    store(builder, score, place)
-                    line.set(builder, lanes.larger(builder, score, line.get(builder)))
+    best = [lanes.Sum(builder, constant(lanes.LOWEST)) for _ in range(_TOGETHER)]
+    _over_positions(
+        builder,
+        scores,
+        lambda _, place, i: best[i].set(builder, lanes.larger(builder, load(builder, place), best[i].get(builder))),
+    )
     largest = best[0].get(builder)
     for line in best[1:]:
         largest = lanes.larger(builder, line.get(builder), largest)
-    factor = lanes.exp2(builder, builder.fsub(previous, largest))
+    factor = lanes.splat(builder, scale)
+    largest = lanes.larger(builder, builder.fmul(largest, factor), previous)
+    rest = lanes.exp2(builder, builder.fsub(previous, largest))
     store(builder, largest, maxima)
-    store(builder, factor, factors)
+    store(builder, rest, factors)
 
     totals = [lanes.Sum(builder) for _ in range(2)]
     high_weights = builder.inttoptr(weights, I32.as_pointer())
     low_weights = at(builder, high_weights, POSITIONS // 2 * ROWS)
-    upper = _words(0xFFFF0000)
-    with cgutils.for_range_slice(builder, integer(0), integer(POSITIONS), integer(2), I64) as (first, _):
-        rounded, left = [], []
-        for i, total in enumerate(totals):
-            place = row_at(builder, scores, first, integer(ROWS), integer(i * ROWS))
-            weight = lanes.exp2(builder, builder.fsub(load(builder, place), largest))
-            total.set(builder, builder.fadd(total.get(builder), weight))
-            weight = builder.fmul(weight, lanes.splat(builder, builder.load(at(builder, v_scales, first, i))))
-            bits = builder.and_(builder.bitcast(weight, _WORDS), upper)
-            rounded.append(bits)
-            left.append(builder.bitcast(builder.fsub(weight, builder.bitcast(bits, _VECTOR)), _WORDS))
-        pair = builder.lshr(first, integer(1))
-        words = builder.or_(builder.lshr(rounded[0], _words(16)), rounded[1])
-        _store_words(builder, words, row_at(builder, high_weights, pair, integer(ROWS)))
-        words = builder.or_(builder.lshr(left[0], _words(16)), builder.and_(left[1], upper))
-        _store_words(builder, words, row_at(builder, low_weights, pair, integer(ROWS)))
+    upper, sixteen, below = _words(0xFFFF0000), _words(16), builder.fneg(largest)
+
+    def over_pairs(own_factor: Callable[[Value], Value] | None) -> None:
+        with cgutils.for_range_slice(builder, integer(0), integer(POSITIONS), integer(2), I64) as (first, _):
+            rounded, left = [], []
+            for i, total in enumerate(totals):
+                position = builder.add(first, integer(i))
+                score = load(builder, row_at(builder, scores, position, integer(ROWS)))
+                weight = lanes.exp2(builder, lanes.multiply_add(builder, score, factor, below))
+                total.set(builder, builder.fadd(total.get(builder), weight))
+                if own_factor is not None:
+                    weight = builder.fmul(weight, own_factor(position))
+                bits = builder.and_(builder.bitcast(weight, _WORDS), upper)
+                rounded.append(bits)
+                left.append(builder.bitcast(builder.fsub(weight, builder.bitcast(bits, _VECTOR)), _WORDS))
+            pair = builder.lshr(first, integer(1))
+            words = builder.or_(builder.lshr(rounded[0], sixteen), rounded[1])
+            _store_words(builder, words, row_at(builder, high_weights, pair, integer(ROWS)))
+            words = builder.or_(builder.lshr(left[0], sixteen), builder.and_(left[1], upper))
+            _store_words(builder, words, row_at(builder, low_weights, pair, integer(ROWS)))
+
+    with builder.if_else(builder.icmp_signed("==", v_scales, integer(0))) as (without, scaled):
+        with without:
+            over_pairs(None)
+        with scaled:
+            each = _floats_at(builder, v_scales)
+            over_pairs(lambda position: lanes.splat(builder, builder.load(at(builder, each, position))))
     total = builder.fadd(totals[0].get(builder), totals[1].get(builder))
-    store(builder, lanes.multiply_add(builder, load(builder, divisors), factor, total), divisors)
+    store(builder, lanes.multiply_add(builder, load(builder, divisors), rest, total), divisors)
 
 
 @emitted(nothing)
@@ -250,22 +287,30 @@ def add_values(
         with cgutils.for_range(builder, padded_dim, intp=I64) as loop:
             place = builder.bitcast(row_at(builder, sums, loop.index, line), F32.as_pointer())
             store(builder, builder.fmul(load(builder, place), factor), place)
-    for part in range(4):  # of positions 0 to 31 and 32 to 63: weights, then what they have left out
-        instruction(builder, "tileloadd64", 4 + part, at(builder, weights, part * _TILE), line)
-    with cgutils.for_range(builder, builder.lshr(padded_dim, integer(5)), intp=I64) as loop:
-        places = [row_at(builder, sums, loop.index, integer(2 * _TILE), integer(i * _TILE)) for i in range(2)]
-        first = row_at(builder, values, builder.shl(loop.index, integer(5)), stride)
-        rows = [first, at(builder, first, ROWS * 2 * POSITIONS)]
+
+    def add_tiles(first_dim: Value, count: int) -> None:
+        """To 16 sums of each of `count` tiles; two weights and two tiles of values at a time are in registers."""
+        places = [row_at(builder, sums, first_dim, line, integer(i * _TILE)) for i in range(count)]
+        rows = [row_at(builder, values, first_dim, stride, integer(i * ROWS * 2 * POSITIONS)) for i in range(count)]
         for i, place in enumerate(places):
             instruction(builder, "tileloadd64", i, place, line)
-        for half in range(2):
-            for i in range(2):
-                instruction(builder, "tileloadd64", 2 + i, at(builder, rows[i], half * _LINE), stride)
-            for part in (half, 2 + half):
-                for i in range(2):
-                    instruction(builder, "tdpbf16ps", i, 2 + i, 4 + part)
+        for half in range(2):  # of the positions
+            for part in range(2):  # weights, and what they have left out
+                instruction(builder, "tileloadd64", 4 + part, at(builder, weights, (2 * part + half) * _TILE), line)
+            for i in range(0, count, 2):
+                for j in range(2):
+                    instruction(builder, "tileloadd64", 6 + j, at(builder, rows[i + j], half * _LINE), stride)
+                for part in range(2):
+                    for j in range(2):
+                        instruction(builder, "tdpbf16ps", i + j, 6 + j, 4 + part)
         for i, place in enumerate(places):
             instruction(builder, "tilestored64", i, place, line)
+
+    whole = builder.and_(padded_dim, integer(-4 * ROWS))
+    with cgutils.for_range_slice(builder, integer(0), whole, integer(4 * ROWS), I64) as (dim, _):
+        add_tiles(dim, 4)
+    with builder.if_then(builder.icmp_signed("<", whole, padded_dim)):
+        add_tiles(whole, 2)
 
 
 @emitted(nothing)

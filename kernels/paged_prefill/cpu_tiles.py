@@ -22,12 +22,10 @@ from quire.kernels.cpu_tile_attention import DEPTH, ROWS
 from quire.kernels.cpu_tiles import configure_tiles, release_tiles
 from quire.kernels.paged_prefill.cpu_fields import MAX_ROWS, POSITIONS, QUERY_START, TOKENS_PER_TILE
 
-_NUM_GROUPS = MAX_ROWS // ROWS
-
 # What a thread has in its scratch memory, in bytes from its beginning; behind it what depends on the head's size.
 _SCORES = 0  # float32 [POSITIONS, ROWS]
 _WEIGHTS = _SCORES + 4 * POSITIONS * ROWS  # bfloat16 [2, POSITIONS / 2, ROWS, 2]
-_MAXIMA = _WEIGHTS + 4 * POSITIONS * ROWS  # float32 [_NUM_GROUPS, ROWS], and the divisors
+_MAXIMA = _WEIGHTS + 4 * POSITIONS * ROWS  # float32 [MAX_ROWS], and the divisors
 _DIVISORS = _MAXIMA + 4 * MAX_ROWS
 _FACTORS = _DIVISORS + 4 * MAX_ROWS  # float32 [ROWS]
 _LIMITS = _FACTORS + 4 * ROWS  # int32 [2, ROWS]
@@ -38,8 +36,8 @@ _ADDRESSES = _APART + 4 * POSITIONS  # int64 [ROWS]
 _FIXED = _ADDRESSES + 8 * ROWS
 _KEYS = 2 * POSITIONS  # bfloat16 for each dimension: [POSITIONS, padded_dim]
 _VALUES = 2 * POSITIONS  # [POSITIONS, padded_dim], and [padded_dim, POSITIONS]
-_QUERIES = 2 * MAX_ROWS  # [_NUM_GROUPS, padded_dim, ROWS]
-_SUMS = 4 * MAX_ROWS  # float32 [_NUM_GROUPS, padded_dim, ROWS]
+_QUERIES = 2 * MAX_ROWS  # [MAX_ROWS / ROWS, padded_dim, ROWS]
+_SUMS = 4 * MAX_ROWS  # float32 [MAX_ROWS / ROWS, padded_dim, ROWS]
 
 
 def tile_scratch_size(head_dim: int) -> int:
@@ -80,13 +78,12 @@ def _load_positions(parameters, page, kv_head, table, start, first, last, padded
     k_scales, v_scales = float32_pointer(scratch + _K_SCALES), float32_pointer(scratch + _V_SCALES)
     has_scales = parameters[call.K_SCALES] != 0
     taint = np.float32(0.0)
+    block = start // block_size
+    slot = start - block * block_size
     for column in range(POSITIONS):
-        position = start + column
-        block = position // block_size
-        slot = position - block * block_size
         key, value = keys + 2 * column * padded_dim, values + 2 * column * padded_dim
         k_scales[column] = v_scales[column] = np.float32(1.0)
-        if position < first or position >= last:
+        if start + column < first or start + column >= last:
             tiles.copy_row(all_keys, 0, padded_dim, key)
             tiles.copy_row(all_values, 0, padded_dim, value)
         else:
@@ -100,6 +97,9 @@ def _load_positions(parameters, page, kv_head, table, start, first, last, padded
                 k_scales[column] = elements.read(bfloat16_pointer(parameters[call.K_SCALES]), place)
                 v_scales[column] = elements.read(bfloat16_pointer(parameters[call.V_SCALES]), place)
                 taint += v_scales[column] * np.float32(0.0)
+        slot += 1
+        if slot == block_size:
+            block, slot = block + 1, 0
     return taint + tiles.pack_values(values, padded_dim, packed) == 0.0
 
 
@@ -168,14 +168,15 @@ def attend_in_tiles(parameters, shared, page, seq, kv_head, first_token, scratch
     num_tokens = min(parameters[TOKENS_PER_TILE], np.int64(query_start[seq + 1]) - token)
     num_rows = num_tokens * num_heads
     position = np.int64(int32_pointer(parameters[call.SEQ_LENS])[seq]) - (np.int64(query_start[seq + 1]) - token)
-    scale = np.float32(float64_pointer(shared)[call.SCALE])
+    scale, has_scales = np.float32(float64_pointer(shared)[call.SCALE]), parameters[call.K_SCALES] != 0
     _load_queries(parameters, token, kv_head, num_rows, padded_dim, keys, queries)
-    totals, maxima = float32_pointer(sums), float32_pointer(scratch + _MAXIMA)
+    weights, factors, v_scales = scratch + _WEIGHTS, scratch + _FACTORS, scratch + _V_SCALES if has_scales else 0
+    totals, best = float32_pointer(sums), float32_pointer(scratch + _MAXIMA)
     for i in range(-(-num_rows // ROWS) * ROWS * padded_dim):
         totals[i] = 0.0
     for row in range(MAX_ROWS):
-        maxima[row] = LOWEST
-        maxima[MAX_ROWS + row] = 0.0  # the divisor
+        best[row] = LOWEST
+        best[MAX_ROWS + row] = 0.0  # the divisor
 
     table = move(int32_pointer(parameters[call.TABLES]), seq * parameters[call.TABLE_STRIDE])
     first, last = max(position - window + 1, 0), position + num_tokens
@@ -188,25 +189,26 @@ def attend_in_tiles(parameters, shared, page, seq, kv_head, first_token, scratch
             _set_apart(padded_dim, scratch, values, packed)
         # All rows see all positions: the first row the last one, the last row the first one.
         whole = finite and start + POSITIONS - 1 <= position and start > last - 1 - window
+        waiting = -1  # rows whose weights are there: their values are added while the next rows' scores are softened
         for row in range(0, num_rows, ROWS):
             if not whole and not _limit_rows(position, row, num_rows, num_heads, window, start, limits):
                 continue
             tiles.score_rows(keys, padded_dim, queries + 2 * row * padded_dim, scratch + _SCORES)
-            tiles.soften(
-                scratch + _SCORES,
-                scale,
-                scratch + _K_SCALES,
-                scratch + _V_SCALES,
-                0 if whole else scratch + _LIMITS,
-                scratch + _MAXIMA + 4 * row,
-                scratch + _DIVISORS + 4 * row,
-                scratch + _FACTORS,
-                scratch + _WEIGHTS,
-            )
-            group_sums = sums + 4 * row * padded_dim
-            tiles.add_values(packed, padded_dim, scratch + _WEIGHTS, scratch + _FACTORS, group_sums)
+            if waiting >= 0:
+                tiles.add_values(packed, padded_dim, weights, factors, sums + 4 * waiting * padded_dim)
+            if has_scales:
+                tiles.multiply_scores(scratch + _SCORES, scratch + _K_SCALES)
+            if not whole:
+                tiles.limit_scores(scratch + _SCORES, scratch + _LIMITS)
+            maxima, divisors = scratch + _MAXIMA + 4 * row, scratch + _DIVISORS + 4 * row
+            tiles.soften(scratch + _SCORES, scale, v_scales, maxima, divisors, factors, weights)
+            waiting = row
             if not finite:
-                _add_apart(padded_dim, scratch, values, group_sums)
+                tiles.add_values(packed, padded_dim, weights, factors, sums + 4 * row * padded_dim)
+                _add_apart(padded_dim, scratch, values, sums + 4 * row * padded_dim)
+                waiting = -1
+        if waiting >= 0:
+            tiles.add_values(packed, padded_dim, weights, factors, sums + 4 * waiting * padded_dim)
     release_tiles()
 
     addresses = int64_pointer(scratch + _ADDRESSES)
