@@ -41,6 +41,13 @@ def _silu(builder: Builder, x: Value) -> Value:
     return _times_sigmoid(builder, x, x)
 
 
+def silu_to_bfloat16(builder: Builder, x: Value) -> Value:
+    """silu, exact to a few units of the last place of float32, for results that are rounded to bfloat16."""
+    power = lanes.exp2(builder, builder.fmul(_magnitude(builder, x), constant(-_LOG2_E)))
+    numerator = builder.select(builder.fcmp_ordered("<", x, constant(0.0)), builder.fmul(x, power), x)
+    return builder.fmul(numerator, lanes.inverse(builder, builder.fadd(power, constant(1.0))))
+
+
 def _gelu_tanh(builder: Builder, x: Value) -> Value:
     """0.5 * x * (1 + tanh(u)) is x * sigmoid(2 * u)."""
     cube = builder.fmul(builder.fmul(x, x), x)

@@ -118,6 +118,27 @@ def store_rounded(builder: Builder, vector: Value, pointer: Value, kind: types.T
     store_elements(builder, narrow(builder, vector, kind), pointer, mask)
 
 
+CONVERTS_PAIRS = LANES == 16 and has_feature("avx512bf16")
+"""Whether the processor rounds two vectors to bfloat16 in one instruction."""
+
+
+def store_bfloat16_pair(builder: Builder, first: Value, second: Value, pointer: Value) -> None:
+    """Store two vectors one behind the other, rounded to bfloat16; what is below 2 ** -126 becomes zero."""
+    pair = ir.VectorType(ir.IntType(16), 2 * LANES)
+    rounded_pair = call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", pair, [second, first])
+    builder.store(rounded_pair, builder.bitcast(pointer, pair.as_pointer()), align=2)
+
+
+def inverse(builder: Builder, x: Value) -> Value:
+    """1 / x to two units of the last place, for normal x; a division takes four times as long."""
+    if LANES != 16:
+        return builder.fdiv(constant(1.0), x)
+    everywhere = ir.Constant(ir.IntType(16), -1)
+    estimate = call(builder, "llvm.x86.avx512.rcp14.ps.512", _VECTOR, [x, constant(0.0), everywhere])
+    error = multiply_add(builder, builder.fneg(x), estimate, constant(1.0))
+    return multiply_add(builder, estimate, error, estimate)
+
+
 def prefetch(builder: Builder, pointer: Value, count: Value, kind: types.Type) -> None:
     """Have the lines of `count` elements brought into the cache's second level; any address will do."""
     line = integer(64 * 8 // kind.bitwidth)

@@ -10,7 +10,7 @@ import torch
 
 from quire.kernels.cpu_activation import CODES, NO_ACTIVATION
 from quire.kernels.cpu_elements import int64_pointer, move, pointer_to, take
-from quire.kernels.cpu_epilogue import finish_row
+from quire.kernels.cpu_epilogue import finish_common, finish_row, is_common
 from quire.kernels.cpu_matrix import MAX_PASSES_AHEAD, MAX_ROWS, PANEL, multiply_panel, new_tile
 from quire.kernels.cpu_tiles import ROWS_PER_BLOCK, TILE_DEPTH, has_tiles, multiply_block, new_block
 from quire.kernels.cpu_ranges import Panels, enter_ranges, open_ranges, state_bytes, take_unit
@@ -109,6 +109,8 @@ def _multiply_tiles(shared: Any) -> None:
     num_units = parameters[NUM_PANELS] * num_blocks
     ranges, num_ranges = int64_pointer(parameters[RANGES]), parameters[NUM_RANGES]
     thread = enter_ranges(ranges, parameters[THREAD_NUMBER])
+    gated, out_features = parameters[GATED], parameters[OUT_FEATURES]
+    features_per_panel = PANEL // 2 if gated else PANEL
     unit = take_unit(ranges, num_ranges, thread, num_units)
     while unit < num_units:
         following = take_unit(ranges, num_ranges, thread, num_units)
@@ -125,7 +127,12 @@ def _multiply_tiles(shared: Any) -> None:
             move(weight, following // num_blocks * parameters[PANEL_STRIDE]),
             following < num_units,
         )
-        _finish_rows(parameters, shared, panel, row, count, block_sums)
+        width = min(features_per_panel, out_features - panel * features_per_panel)
+        if is_common(parameters[BIAS], parameters[ACTIVATION], gated, parameters[OUT_IS_FLOAT32], width):
+            out = parameters[OUT] + 2 * (row * out_features + panel * features_per_panel)
+            finish_common(block_sums, count, gated, out, 2 * out_features)
+        else:
+            _finish_rows(parameters, shared, panel, row, count, block_sums)
         unit = following
 
 
