@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from quire.config import ConfigError, EngineConfig, Quantization
+from quire.kernels.cpu_tiles import has_tiles
 from quire.kernels.fp8_linear import code_dtype
 from quire.kernels.quantized_linear import is_fast_here
 from quire.kernels.targets import current_target
@@ -18,6 +19,7 @@ log = logging.getLogger(__name__)
 
 MAX_STEP_BUDGET = 2048
 CPU_TOKENS_PER_THREAD = 64
+CPU_TOKENS_PER_THREAD_IN_TILES = 128
 MAX_GPU_HEAD_DIM = 256
 """Larger heads need more shared memory than there is."""
 
@@ -125,20 +127,36 @@ def choose_kv_cache_dtype(config: EngineConfig, dtype: torch.dtype, device: torc
     return fp8
 
 
-def choose_step_budget(config: EngineConfig, device: torch.device, max_num_seqs: int) -> int:
-    """Tokens of one step, unless the configuration says.
+def tokens_per_thread(dtype: torch.dtype, quantization: Quantization | None) -> int:
+    """Tokens of a step for each thread of a CPU.
 
-    A CPU's matrix products are as fast as they get with some 64 rows a thread, and bound by arithmetic from there on:
-    more tokens in a step only have every prompt wait for the others, and all decodes for the step.
+    Its matrix products are as fast as they get with some 64 rows a thread, and bound by arithmetic from there on: more
+    tokens in a step only have every prompt wait for the others, and all decodes for the step. In tile registers
+    arithmetic is so fast that 64 rows still wait for the weights.
     """
+    in_tiles = dtype == torch.bfloat16 and quantization is None and has_tiles()
+    return CPU_TOKENS_PER_THREAD_IN_TILES if in_tiles else CPU_TOKENS_PER_THREAD
+
+
+def choose_step_budget(
+    config: EngineConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: Quantization | None,
+    max_num_seqs: int,
+) -> int:
+    """Tokens of one step, unless the configuration says."""
     if config.max_num_batched_tokens is not None:
         return config.max_num_batched_tokens
     if device.type != "cpu" or not config.enable_chunked_prefill:
         return MAX_STEP_BUDGET
-    return min(max(CPU_TOKENS_PER_THREAD * torch.get_num_threads(), 128, 2 * max_num_seqs), MAX_STEP_BUDGET)
+    num_tokens = tokens_per_thread(dtype, quantization) * torch.get_num_threads()
+    return min(max(num_tokens, 128, 2 * max_num_seqs), MAX_STEP_BUDGET)
 
 
-def choose_prompt_budget(config: EngineConfig, device: torch.device) -> int | None:
+def choose_prompt_budget(
+    config: EngineConfig, device: torch.device, dtype: torch.dtype, quantization: Quantization | None
+) -> int | None:
     """Tokens of prompts in a step that decodes too; None: what its budget leaves.
 
     On a CPU half of a step: products lose nothing by it (`kernels/linear` reads weights ahead), and both the decodes
@@ -146,7 +164,7 @@ def choose_prompt_budget(config: EngineConfig, device: torch.device) -> int | No
     """
     if device.type != "cpu" or config.max_num_batched_tokens is not None:
         return None
-    return CPU_TOKENS_PER_THREAD // 2 * torch.get_num_threads()
+    return tokens_per_thread(dtype, quantization) // 2 * torch.get_num_threads()
 
 
 def schedules_ahead(config: EngineConfig, device: torch.device) -> bool:

@@ -96,7 +96,7 @@ class Engine:
             kernels.result()
         quantization = "fp8" if keeps_fp8 else quantization
         max_num_seqs = config.max_num_seqs or DEFAULT_MAX_NUM_SEQS[device.type]
-        step_budget = choose_step_budget(config, device, max_num_seqs)
+        step_budget = choose_step_budget(config, device, dtype, quantization, max_num_seqs)
         budget = plan_memory(
             config,
             model_config,
@@ -144,7 +144,7 @@ class Engine:
                 cache_namespace=f"{config.model}|{dtype}|{kv_dtype}|{quantization}|{secrets.token_hex(16)}",
             )
         )
-        self._scheduler.prompts.max_num_tokens = choose_prompt_budget(config, device)
+        self._scheduler.prompts.max_num_tokens = choose_prompt_budget(config, device, dtype, quantization)
         target = config.target_itl_ms
         self._pacer = None if target is None else StepPacer(target / 1000, step_budget)
         self.started: list[str] = []

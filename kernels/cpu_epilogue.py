@@ -76,12 +76,12 @@ def finish_common(
             line = [load(builder, row_at(builder, tile, loop.index, ir.Constant(I64, PANEL), i)) for i in _FIRSTS]
             target = row_at(builder, out, loop.index, out_stride)
             results = [builder.fmul(silu_to_bfloat16(builder, line[i]), line[2 + i]) for i in range(2)]
-            lanes.store_bfloat16_pair(builder, *results, target)
+            lanes.store_bfloat16_pair(builder, results[0], results[1], target)
         with plain, cgutils.for_range(builder, num_rows, intp=I64) as loop:
             line = [load(builder, row_at(builder, tile, loop.index, ir.Constant(I64, PANEL), i)) for i in _FIRSTS]
             target = row_at(builder, out, loop.index, out_stride)
-            lanes.store_bfloat16_pair(builder, *line[:2], target)
-            lanes.store_bfloat16_pair(builder, *line[2:], at(builder, target, 4 * LANES))
+            lanes.store_bfloat16_pair(builder, line[0], line[1], target)
+            lanes.store_bfloat16_pair(builder, line[2], line[3], at(builder, target, 4 * LANES))
 
 
 _FIRSTS = range(0, PANEL, LANES)

@@ -1,4 +1,4 @@
-"""The inner loops of prefill attention in tile registers (AMX): 64 positions of keys and values with 16 rows of queries.
+"""The inner loops of prefill attention in tile registers (AMX): 64 positions of keys and values, 16 rows of queries.
 
 Everything is the other way round than on paper. Keys are multiplied with queries, not queries with keys: a tile of
 keys is read as it lies, and the scores of a position are one vector, a lane for each row, so that a softmax needs
@@ -69,7 +69,8 @@ def copy_row(builder: Builder, kinds: Kinds, row: Value, head_dim: Value, padded
         source, place = at(builder, row, dim), at(builder, target, dim)
         if kind == BFLOAT16:
             vector = ir.VectorType(_SHORT, size).as_pointer()
-            builder.store(builder.load(builder.bitcast(source, vector), align=2), builder.bitcast(place, vector), align=2)
+            elements = builder.load(builder.bitcast(source, vector), align=2)
+            builder.store(elements, builder.bitcast(place, vector), align=2)
         else:
             lanes.store_rounded(builder, load(builder, source, kind), place, BFLOAT16, None)
     with builder.if_then(builder.icmp_signed("<", whole, padded_dim), likely=False):
@@ -81,9 +82,7 @@ def copy_row(builder: Builder, kinds: Kinds, row: Value, head_dim: Value, padded
         rest = builder.sub(head_dim, whole)
         lanes.over_dims(builder, rest, 1, block)
         done = builder.and_(builder.add(rest, integer(LANES - 1)), integer(-LANES))
-        with cgutils.for_range_slice(
-            builder, builder.add(whole, done), padded_dim, integer(LANES), I64
-        ) as (dim, _):
+        with cgutils.for_range_slice(builder, builder.add(whole, done), padded_dim, integer(LANES), I64) as (dim, _):
             lanes.store_rounded(builder, constant(0.0), at(builder, target, dim), BFLOAT16, None)
 
 
@@ -131,9 +130,7 @@ def pack_values(builder: Builder, kinds: Kinds, rows: Value, padded_dim: Value, 
 
 
 @emitted(nothing)
-def score_rows(
-    builder: Builder, kinds: Kinds, keys: Value, padded_dim: Value, queries: Value, scores: Value
-) -> None:
+def score_rows(builder: Builder, kinds: Kinds, keys: Value, padded_dim: Value, queries: Value, scores: Value) -> None:
     """scores[position, row] = keys[position] . queries[row], float32 [POSITIONS, ROWS].
 
     `keys` is bfloat16 [POSITIONS, padded_dim], `queries` comes from pack_queries.

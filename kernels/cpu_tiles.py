@@ -22,7 +22,6 @@ from numba.core import cgutils
 
 from quire.kernels import cpu_lanes as lanes
 from quire.kernels.cpu_elements import (
-    BFLOAT16,
     F32,
     I64,
     Builder,
@@ -115,9 +114,7 @@ def _multiply_whole(
         instruction(builder, "tilezero", part)
     with cgutils.for_range(builder, num_steps, intp=I64) as loop:
         weights = at(builder, panel, builder.mul(loop.index, integer(_STEP_BYTES)))
-        instruction(
-            builder, "tileloadd64", 4, at(builder, x, builder.mul(loop.index, integer(_TILE_BYTES))), x_stride
-        )
+        instruction(builder, "tileloadd64", 4, at(builder, x, builder.mul(loop.index, integer(_TILE_BYTES))), x_stride)
         for part in range(4):
             register = 5 + part % 3
             instruction(builder, "tileloadd64", register, at(builder, weights, part * _TILE_BYTES), line)

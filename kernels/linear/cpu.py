@@ -12,8 +12,8 @@ from quire.kernels.cpu_activation import CODES, NO_ACTIVATION
 from quire.kernels.cpu_elements import int64_pointer, move, pointer_to, take
 from quire.kernels.cpu_epilogue import finish_common, finish_row, is_common
 from quire.kernels.cpu_matrix import MAX_PASSES_AHEAD, MAX_ROWS, PANEL, multiply_panel, new_tile
-from quire.kernels.cpu_tiles import ROWS_PER_BLOCK, TILE_DEPTH, has_tiles, multiply_block, new_block
 from quire.kernels.cpu_ranges import Panels, enter_ranges, open_ranges, state_bytes, take_unit
+from quire.kernels.cpu_tiles import ROWS_PER_BLOCK, TILE_DEPTH, has_tiles, multiply_block, new_block
 from quire.kernels.cpu_workers import Worker, new_tensor, scratch, thread_number_address
 
 if TYPE_CHECKING:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from quire.kernels.cpu_attention import NUM_COMMON
 
-QUERY_START, TOKENS_PER_TILE, MAX_TOKENS_PER_TILE, NUM_THREADS, SCRATCH, SCRATCH_SIZE = range(NUM_COMMON, NUM_COMMON + 6)
+QUERY_START, TOKENS_PER_TILE, MAX_TOKENS_PER_TILE, NUM_THREADS, SCRATCH, SCRATCH_SIZE = range(
+    NUM_COMMON, NUM_COMMON + 6
+)
 
 MAX_ROWS = 128
 """Rows of a tile of queries; a row is one token and one query head."""

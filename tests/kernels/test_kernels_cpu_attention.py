@@ -168,9 +168,10 @@ def test_the_batch_changes_no_bit(attend: Attend, shape: Shape, num_threads: Cal
         assert torch.equal(attend(only(problem, sequence), backend="cpu"), together[rows])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("window", [None, 50])
-def test_chunks_of_a_prompt_change_no_bit(window: int | None) -> None:
-    whole = make_problem(Shape((300,), (333,), group_size=3, head_dim=40, window=window), torch.float32, CPU)
+def test_chunks_of_a_prompt_change_no_bit(window: int | None, dtype: torch.dtype) -> None:
+    whole = make_problem(Shape((300,), (333,), group_size=3, head_dim=40, window=window), dtype, CPU)
     expected = run_prefill(whole, backend="cpu")
     for first, last in [(0, 1), (1, 65), (65, 128), (128, 300)]:
         chunk = run_prefill(only(whole, 0, first, last), backend="cpu")
@@ -191,12 +192,13 @@ def test_a_bad_query_spoils_its_own_row_alone(attend: Attend, shape: Shape, dtyp
     assert torch.equal(result, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bad", [NAN, float("inf")])
 @pytest.mark.parametrize("window", [None, 30])
-def test_a_bad_token_spoils_those_that_see_it_alone(bad: float, window: int | None) -> None:
+def test_a_bad_token_spoils_those_that_see_it_alone(bad: float, window: int | None, dtype: torch.dtype) -> None:
     """What one token leaves in the cache reaches no earlier token and none past its window, though tiles share it."""
     shape = Shape((150,), (170,), num_kv_heads=2, group_size=3, head_dim=32, window=window)
-    problem = make_problem(shape, torch.float32, CPU)
+    problem = make_problem(shape, dtype, CPU)
     expected = run_prefill(problem, backend="cpu")
     position = 20 + 75
     block_id, offset = slot_of(problem, 0, position)
