@@ -125,7 +125,7 @@ def _multiply_tiles(shared: Any) -> None:
             depth,
             block_sums,
             move(weight, following // num_blocks * parameters[PANEL_STRIDE]),
-            following < num_units,
+            following < num_units and following // num_blocks != panel,
         )
         width = min(features_per_panel, out_features - panel * features_per_panel)
         if is_common(parameters[BIAS], parameters[ACTIVATION], gated, parameters[OUT_IS_FLOAT32], width):
