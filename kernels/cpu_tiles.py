@@ -51,9 +51,7 @@ _HALF_BYTES = _LINE_BYTES // 2
 _ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
 
 _BYTE, _SHORT = ir.IntType(8), ir.IntType(16)
-HAS_TILES = (
-    PANEL == 4 * _TILE_ROWS and has_feature("amx-bf16") and lanes.CONVERTS_PAIRS and architecture() == "x86_64"
-)
+HAS_TILES = PANEL == 4 * _TILE_ROWS and has_feature("amx-bf16") and lanes.CONVERTS_PAIRS and architecture() == "x86_64"
 
 
 @functools.cache
