@@ -29,12 +29,16 @@ def _magnitude(builder: Builder, x: Value) -> Value:
     return builder.select(builder.fcmp_ordered("<", x, constant(0.0)), builder.fneg(x), x)
 
 
-def _times_sigmoid(builder: Builder, x: Value, argument: Value) -> Value:
-    """x * sigmoid(argument), from a power that cannot overflow."""
-    exponent = builder.fmul(_magnitude(builder, argument), constant(-_LOG2_E))
-    power = lanes.exp2(builder, exponent)
+def _sigmoid_fraction(builder: Builder, x: Value, argument: Value) -> tuple[Value, Value]:
+    """x * sigmoid(argument) as a fraction, from a power that cannot overflow; the denominator is between 1 and 2."""
+    power = lanes.exp2(builder, builder.fmul(_magnitude(builder, argument), constant(-_LOG2_E)))
     numerator = builder.select(builder.fcmp_ordered("<", argument, constant(0.0)), builder.fmul(x, power), x)
-    return builder.fdiv(numerator, builder.fadd(power, constant(1.0)))
+    return numerator, builder.fadd(power, constant(1.0))
+
+
+def _times_sigmoid(builder: Builder, x: Value, argument: Value) -> Value:
+    numerator, denominator = _sigmoid_fraction(builder, x, argument)
+    return builder.fdiv(numerator, denominator)
 
 
 def _silu(builder: Builder, x: Value) -> Value:
@@ -43,9 +47,8 @@ def _silu(builder: Builder, x: Value) -> Value:
 
 def silu_to_bfloat16(builder: Builder, x: Value) -> Value:
     """silu, exact to a few units of the last place of float32, for results that are rounded to bfloat16."""
-    power = lanes.exp2(builder, builder.fmul(_magnitude(builder, x), constant(-_LOG2_E)))
-    numerator = builder.select(builder.fcmp_ordered("<", x, constant(0.0)), builder.fmul(x, power), x)
-    return builder.fmul(numerator, lanes.inverse(builder, builder.fadd(power, constant(1.0))))
+    numerator, denominator = _sigmoid_fraction(builder, x, x)
+    return builder.fmul(numerator, lanes.inverse(builder, denominator))
 
 
 def _gelu_tanh(builder: Builder, x: Value) -> Value:

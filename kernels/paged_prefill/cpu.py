@@ -263,7 +263,7 @@ def paged_prefill(
     group_size = num_heads // num_kv_heads
     max_tokens_per_tile = max(1, MAX_ROWS // group_size)
     padded_dim, rows = padded.py_func(head_dim), padded.py_func(max_tokens_per_tile * group_size)
-    in_tiles = query.dtype == torch.bfloat16 and has_tiles()
+    in_tiles = query.dtype == torch.bfloat16 and group_size <= MAX_ROWS and has_tiles()
     scratch_size = tile_scratch_size(head_dim) if in_tiles else _scratch_size.py_func(padded_dim, rows)
     memory = scratch(8 * num_threads * scratch_size)
     common = call.describe(
