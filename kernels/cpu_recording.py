@@ -1,8 +1,8 @@
 """A sequence of CPU kernels, recorded once and replayed as one: what CUDA graphs are on a GPU.
 
 A decode step is a hundred small kernels. Called one by one, each costs a walk through Python and a fork and a join of
-the threads, as much as it computes. Recorded, the threads enter once, and pass from one kernel to the next through a
-barrier of their own.
+the threads, as much as it computes. Recorded, the threads enter once, and pass from one kernel to the next by
+themselves.
 
 A recording owns what its kernels write, as a CUDA graph has its private pool: memory is given back within the recording
 when a tensor is gone, never outside. What kernels read at replay are the very tensors that were there when it was made.
@@ -30,7 +30,6 @@ from quire.kernels.cpu_workers import (
     Parameters,
     enter,
     fork_join_address,
-    team_size_address,
     thread_number_address,
 )
 
@@ -147,7 +146,6 @@ class Recording:
         num_threads = min(num_threads, self._max_threads)
         prepare, body = call.compiled()
         fork_join = fork_join_address() if num_threads > 1 else 0
-        self._replay[call.TEAM_SIZE] = team_size_address() if fork_join else 0
         self._replay[call.THREAD_NUMBER] = thread_number_address() if fork_join else 0
         enter(fork_join, prepare, body, self._replay, num_threads)
 
@@ -160,7 +158,7 @@ class Recording:
         for index, name in enumerate(self.names):
             alone = self._replay.copy()
             alone[call.NUM_KERNELS], alone[call.KERNELS] = 1, self._kernels[index].ctypes.data
-            alone[call.TEAM_SIZE] = team_size_address() if fork_join else 0
+            alone[call.THREAD_NUMBER] = thread_number_address() if fork_join else 0
             alone[call.AHEAD_BYTES] = 0
             start = time.perf_counter()
             enter(fork_join, prepare, body, alone, num_threads)

@@ -1,7 +1,11 @@
-"""What the threads of a recording's replay do: kernel after kernel, through a barrier of their own.
+"""What the threads of a recording's replay do: kernel after kernel, in step with each other.
 
 Reading weights is what a small step costs, and memory must not rest meanwhile. So a thread that waits for the others
-asks for the panels that it reads next, and what is too little for two threads is done by the last one to arrive.
+asks for the panels that it reads next, and what is too little for two threads is done by the last one to leave.
+
+Nobody waits for a thread that has not come. A server's engine shares its cores: when a step begins, another process may
+have one of them for a moment. A kernel is done once those that entered it have left it, since each leaves only when
+there is no unit to take any more; who was late joins at the kernel that runs then.
 """
 
 from __future__ import annotations
@@ -30,7 +34,6 @@ from quire.kernels.cpu_elements import (
     int64_pointer,
     move,
     nothing,
-    take,
 )
 from quire.kernels.cpu_workers import ALONE, call_function, compiled_function
 
@@ -38,17 +41,16 @@ _SPINS = 4096  # pauses, some 70 microseconds, before a waiting thread goes to s
 
 # A replay's parameters: their places in the int64 array that its threads share.
 (
-    ARRIVED,  # threads that have left the kernel that runs
-    RELEASED,  # kernels that are done: all threads have left them, or one did them alone, or they had no work
+    STATE,  # low half: which kernel runs; high half: how many threads are in it, 0 while it is not to be entered
     NUM_KERNELS,
     KERNELS,  # [num_kernels, NUM_FIELDS]
-    TEAM_SIZE,  # omp_get_num_threads, or 0: a single thread replays
-    THREAD_NUMBER,  # omp_get_thread_num, or 0
+    THREAD_NUMBER,  # omp_get_thread_num, or 0: a single thread replays
     NUM_RANGES,  # into which panels are divided
     AHEAD_BYTES,  # at most, of what a thread asks for while it waits
-    SLEEPING,  # threads that sleep until the next release
+    SLEEPING,  # threads that sleep until another kernel runs
     SYSCALL,  # syscall of the C library, or 0: nobody sleeps
-) = range(10)
+) = range(8)
+_INSIDE = 2**32  # one thread, in the state
 
 # A kernel's fields: three addresses, and the panels of the next kernel behind it that reads any.
 PREPARE, BODY, PARAMETERS, AHEAD, NUM_PANELS, PANEL_BYTES, NUM_FIELDS = range(7)
@@ -70,6 +72,13 @@ def _acquire(builder: Builder, kinds: Kinds, pointer: Value) -> Value:
 def _add(builder: Builder, kinds: Kinds, pointer: Value, value: Value) -> Value:
     """Add to the int64 at `pointer`, in one order with all other additions; returns what it was."""
     return builder.atomic_rmw("add", pointer, value, "seq_cst")
+
+
+@emitted(lambda pointer, expected, value: types.int64)
+def _exchange(builder: Builder, kinds: Kinds, pointer: Value, expected: Value, value: Value) -> Value:
+    """Make the int64 at `pointer` `value` if it is `expected`, in one order with all additions; whether it was."""
+    pair = builder.cmpxchg(pointer, expected, value, "seq_cst", "acquire")
+    return builder.zext(builder.extract_value(pair, 1), I64)
 
 
 @emitted(nothing)
@@ -119,8 +128,8 @@ def _prepare_from(parameters, index):  # type: ignore[no-untyped-def]
 
 def _prepare(shared: Any) -> None:
     parameters = int64_pointer(shared)
-    parameters[ARRIVED] = 0
-    parameters[RELEASED] = _prepare_from(parameters, 0)
+    # The first thread, which forks the others, is in it from the beginning.
+    parameters[STATE] = _prepare_from(parameters, 0) + _INSIDE
 
 
 @numba.njit
@@ -133,35 +142,40 @@ def range_ahead(parameters, index, thread):  # type: ignore[no-untyped-def]
 
 
 @numba.njit
-def _wait(parameters, index, begin, end):  # type: ignore[no-untyped-def]
-    """Until all threads have left kernel `index`; returns the next one, and up to where it asked for [begin, end).
+def _enter_behind(parameters, index, begin, end):  # type: ignore[no-untyped-def]
+    """Enter the first kernel behind `index` that can be; returns which, and up to where this asked for [begin, end).
 
-    Whoever is late has lost its core to another process: a thread that sleeps leaves it its own. It counts itself
-    before the kernel of the system looks whether it is to sleep at all, so nobody misses the release.
+    At the end it is NUM_KERNELS. Whoever keeps this thread waiting may have lost its core to another process: a thread
+    that sleeps leaves it its own. It counts itself before the kernel of the system looks whether it is to sleep at all,
+    so nobody misses the release.
     """
-    released = move(parameters, RELEASED)
+    state = move(parameters, STATE)
     num_spins = 0
-    while _acquire(released) <= index:
-        if begin < end:
+    while True:
+        seen = _acquire(state)
+        running = seen % _INSIDE
+        if running > index and (running >= parameters[NUM_KERNELS] or seen >= _INSIDE):
+            if running >= parameters[NUM_KERNELS] or _exchange(state, seen, seen + _INSIDE) != 0:
+                return running, begin
+        elif begin < end:
             for line in range(_LINES_AT_ONCE):
                 _ask_for_line(begin + line * _LINE_BYTES)
             begin += _LINES_AT_ONCE * _LINE_BYTES
-            continue
-        _pause()
-        num_spins += 1
-        if num_spins > _SPINS and parameters[SYSCALL] != 0:
-            _add(move(parameters, SLEEPING), 1)
-            _futex(parameters[SYSCALL], released, _FUTEX_WAIT, index)
-            _add(move(parameters, SLEEPING), -1)
-    return _acquire(released), begin
+        else:
+            _pause()
+            num_spins += 1
+            if num_spins > _SPINS and parameters[SYSCALL] != 0:
+                _add(move(parameters, SLEEPING), 1)
+                _futex(parameters[SYSCALL], state, _FUTEX_WAIT, running)
+                _add(move(parameters, SLEEPING), -1)
 
 
 def _replay(shared: Any) -> None:
     parameters = int64_pointer(shared)
-    num_threads = call_for_number(parameters[TEAM_SIZE]) if parameters[TEAM_SIZE] != 0 else 1
     thread = call_for_number(parameters[THREAD_NUMBER]) if parameters[THREAD_NUMBER] != 0 else 0
-    kernels = int64_pointer(parameters[KERNELS])
-    index, asked = parameters[RELEASED], 0
+    kernels, state = int64_pointer(parameters[KERNELS]), move(parameters, STATE)
+    asked = 0
+    index = parameters[STATE] % _INSIDE if thread == 0 else _enter_behind(parameters, -1, 0, 0)[0]
     while index < parameters[NUM_KERNELS]:
         kernel = move(kernels, NUM_FIELDS * index)
         call_function(kernel[BODY], kernel[PARAMETERS])
@@ -169,16 +183,15 @@ def _replay(shared: Any) -> None:
         if not begin < asked <= end:
             asked = begin
         end = min(begin + parameters[AHEAD_BYTES], end)
-        # The last to leave a kernel makes the next one ready and lets the others go on.
-        if take(move(parameters, ARRIVED)) == num_threads - 1:
-            parameters[ARRIVED] = 0
+        # The last to leave a kernel makes the next one ready, is in it, and lets the others come.
+        if _add(state, -_INSIDE) < 2 * _INSIDE:
             following = _prepare_from(parameters, index + 1)
-            _add(move(parameters, RELEASED), following - index)
+            _add(state, following - index + _INSIDE)
             if _add(move(parameters, SLEEPING), 0) > 0:
-                _futex(parameters[SYSCALL], move(parameters, RELEASED), _FUTEX_WAKE, _EVERYBODY)
+                _futex(parameters[SYSCALL], state, _FUTEX_WAKE, _EVERYBODY)
             index = following
         else:
-            index, asked = _wait(parameters, index, asked, end)
+            index, asked = _enter_behind(parameters, index, asked, end)
 
 
 def syscall_address() -> int:

@@ -112,9 +112,12 @@ class Worker:
 
     `parameters` is an int64 array, shown to the body as a pointer to elements of the dtype: the body is compiled once
     for each dtype, at its first use. The first parameter is zero when the threads enter: the ticket of the next unit
-    of work. `prepare(parameters)` is run before that by one thread alone; if it leaves ALONE as the ticket, the body is
-    too, since there is less to do than to wait for; if it leaves any other, all units are taken, and a recording passes
-    the kernel over. Neither must raise.
+    of work. A body returns only when there is no unit to take any more: in a recording, a kernel is done once those
+    that came have left it.
+
+    `prepare(parameters)` is run before the body by one thread alone; if it leaves ALONE as the ticket, the body is too,
+    since there is less to do than to wait for; if it leaves any other, all units are taken, and a recording passes the
+    kernel over. Neither must raise.
 
     Parameters are used again when a recording is replayed: whatever changes while the body runs, or follows from
     values that tensors hold, is for `prepare` to set.
@@ -274,25 +277,20 @@ def fork_join_address() -> int:
     return _openmp_addresses()[0]
 
 
-def team_size_address() -> int:
-    """The address of omp_get_num_threads in the same runtime: how many threads have entered together."""
+def thread_number_address() -> int:
+    """The address of omp_get_thread_num in the same runtime: which of those that entered together a thread is."""
     return _openmp_addresses()[1]
 
 
-def thread_number_address() -> int:
-    """The address of omp_get_thread_num in the same runtime: which of them a thread is."""
-    return _openmp_addresses()[2]
-
-
 @functools.cache
-def _openmp_addresses() -> tuple[int, int, int]:
+def _openmp_addresses() -> tuple[int, int]:
     package = Path(torch.__file__).parent
     shipped = [*package.glob("lib/lib*omp*"), *package.parent.glob("torch.libs/lib*omp*")]
     already_loaded = getattr(os, "RTLD_NOLOAD", 0) | getattr(os, "RTLD_NOW", 0)
     for name in (*map(str, shipped), None):
         with contextlib.suppress(OSError, AttributeError, TypeError):
             library = ctypes.CDLL(name, mode=already_loaded)
-            functions = (library.GOMP_parallel, library.omp_get_num_threads, library.omp_get_thread_num)
-            fork_join, team_size, number = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
-            return fork_join, team_size, number
-    return 0, 0, 0
+            functions = (library.GOMP_parallel, library.omp_get_thread_num)
+            fork_join, number = (ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions)
+            return fork_join, number
+    return 0, 0

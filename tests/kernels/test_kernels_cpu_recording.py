@@ -115,7 +115,7 @@ def _prepare_counting(shared: Any) -> None:
 
 
 def _count(shared: Any) -> None:
-    """Which threads enter is counted, and what one of them does once."""
+    """How many threads enter is counted, and what one of them does once."""
     parameters = int64_pointer(shared)
     counts = int64_pointer(parameters[2])
     take(counts)
@@ -133,10 +133,12 @@ def test_kernels_without_work_are_passed_over() -> None:
         for num_threads in (1, 5, 2, 1, 3):
             counts.zero_()
             recording.replay(num_threads)
-            assert counts.tolist() == [num_threads * sum(works), 2 ** sum(works) - 1]
+            assert sum(works) <= counts[0] <= num_threads * sum(works)
+            assert counts[1] == 2 ** sum(works) - 1
         counts.zero_()
         assert len(recording.profile(2)) == len(works)
-        assert counts.tolist() == [2 * sum(works), 2 ** sum(works) - 1]
+        assert sum(works) <= counts[0] <= 2 * sum(works)
+        assert counts[1] == 2 ** sum(works) - 1
     counts.zero_()
     for work in (1, 0, 1):
         worker.run(torch.float32, np.array([0, work, counts.data_ptr()], np.int64), 2)
@@ -144,7 +146,7 @@ def test_kernels_without_work_are_passed_over() -> None:
 
 
 def test_fewer_threads_than_asked_for_still_finish() -> None:
-    """The barrier counts those that came, whatever the runtime granted."""
+    """The barrier knows those that came, whatever the runtime granted."""
     code = (
         "import torch\n"
         "from quire.kernels.cpu_recording import Arena, record\n"
@@ -218,7 +220,7 @@ def _prepare_alone(shared: Any) -> None:
 
 @pytest.mark.parametrize("places", [[0], [0, 3], [1, 2], [3], [0, 1, 2, 3]])
 def test_kernels_for_one_thread_run_once_and_in_their_order(places: list[int]) -> None:
-    """With every number of threads; the others run on all, and none of them before or after its turn."""
+    """With every number of threads; the others run on those that come, and none before or after its turn."""
     alone, shared, counts = Worker(_count, _prepare_alone), Worker(_count), torch.zeros(2, dtype=torch.int64)
     with record(Arena()) as recording:
         for place in range(4):
@@ -227,7 +229,8 @@ def test_kernels_for_one_thread_run_once_and_in_their_order(places: list[int]) -
     for num_threads in (1, 5, 2):
         counts.zero_()
         recording.replay(num_threads)
-        assert counts.tolist() == [num_threads * (4 - len(places)) + len(places), 15]
+        assert 4 <= counts[0] <= num_threads * (4 - len(places)) + len(places)
+        assert counts[1] == 15
     counts.zero_()
     alone.run(torch.float32, np.array([0, 0, counts.data_ptr()], np.int64), 5)
     assert counts.tolist() == [1, 1]
