@@ -143,25 +143,26 @@ class Recording:
 
         On no more than torch had when they were recorded: kernels have scratch memory for so many.
         """
+        enter(*self._entry(self._replay, num_threads))
+
+    def _entry(self, shared: Parameters, num_threads: int) -> tuple[int, int, int, Parameters, int]:
+        """What `enter` is to be called with; `shared` is told how its threads are numbered."""
         num_threads = min(num_threads, self._max_threads)
         prepare, body = call.compiled()
         fork_join = fork_join_address() if num_threads > 1 else 0
-        self._replay[call.THREAD_NUMBER] = thread_number_address() if fork_join else 0
-        enter(fork_join, prepare, body, self._replay, num_threads)
+        shared[call.THREAD_NUMBER] = thread_number_address() if fork_join else 0
+        return fork_join, prepare, body, shared, num_threads
 
     def profile(self, num_threads: int) -> list[tuple[str, float]]:
         """Replay kernel by kernel; the name of each and the seconds it took, with a fork and a join of its own."""
-        num_threads = min(num_threads, self._max_threads)
-        prepare, body = call.compiled()
-        fork_join = fork_join_address() if num_threads > 1 else 0
         times = []
         for index, name in enumerate(self.names):
             alone = self._replay.copy()
             alone[call.NUM_KERNELS], alone[call.KERNELS] = 1, self._kernels[index].ctypes.data
-            alone[call.THREAD_NUMBER] = thread_number_address() if fork_join else 0
             alone[call.AHEAD_BYTES] = 0
+            entry = self._entry(alone, num_threads)
             start = time.perf_counter()
-            enter(fork_join, prepare, body, alone, num_threads)
+            enter(*entry)
             times.append((name, time.perf_counter() - start))
         return times
 

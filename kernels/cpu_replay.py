@@ -145,17 +145,18 @@ def range_ahead(parameters, index, thread):  # type: ignore[no-untyped-def]
 def _enter_behind(parameters, index, begin, end):  # type: ignore[no-untyped-def]
     """Enter the first kernel behind `index` that can be; returns which, and up to where this asked for [begin, end).
 
-    At the end it is NUM_KERNELS. Whoever keeps this thread waiting may have lost its core to another process: a thread
-    that sleeps leaves it its own. It counts itself before the kernel of the system looks whether it is to sleep at all,
-    so nobody misses the release.
+    At the end it is NUM_KERNELS, which nobody leaves. Whoever keeps this thread waiting may have lost its core to
+    another process: a thread that sleeps leaves it its own. It counts itself before the kernel of the system looks
+    whether it is to sleep at all, so nobody misses the release.
     """
     state = move(parameters, STATE)
     num_spins = 0
     while True:
         seen = _acquire(state)
         running = seen % _INSIDE
-        if running > index and (running >= parameters[NUM_KERNELS] or seen >= _INSIDE):
-            if running >= parameters[NUM_KERNELS] or _exchange(state, seen, seen + _INSIDE) != 0:
+        if running > index and seen >= _INSIDE:
+            # If another was quicker, look again: asleep here, it would not hear of a kernel that can be entered now.
+            if _exchange(state, seen, seen + _INSIDE) != 0:
                 return running, begin
         elif begin < end:
             for line in range(_LINES_AT_ONCE):

@@ -37,7 +37,6 @@ class Pipeline:
 
     def __init__(self, *arguments: Any) -> None:
         self.handles: list[Handle] = []
-        self.prompts: list[int] = []
 
     def add_request(self, key: int, token_ids: Any, config: Any) -> Handle:
         assert config.ignore_eos

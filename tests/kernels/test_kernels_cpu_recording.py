@@ -146,7 +146,7 @@ def test_kernels_without_work_are_passed_over() -> None:
 
 
 def test_fewer_threads_than_asked_for_still_finish() -> None:
-    """The barrier knows those that came, whatever the runtime granted."""
+    """A replay knows those that came, whatever the runtime granted."""
     code = (
         "import torch\n"
         "from quire.kernels.cpu_recording import Arena, record\n"
