@@ -37,6 +37,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the engine (default: all cores)")
     parser.add_argument("--cache-gib", type=int, default=2, help="of keys and values (default: 2)")
     parser.add_argument("--max-batched-tokens", type=int, default=512, help="of a step (default: 512)")
+    parser.add_argument(
+        "--precision",
+        choices=("bf16", "f32"),
+        default="bf16",
+        help="of arithmetic, keys and values; a processor without bfloat16 has only f32 (default: bf16)",
+    )
     return parser.parse_args()
 
 
@@ -64,9 +70,9 @@ def run_engine(arguments: argparse.Namespace, front: socket.socket) -> None:
     scheduler.dynamic_split_fuse = True
     scheduler.enable_prefix_caching = True
     properties = {
-        "INFERENCE_PRECISION_HINT": "bf16",
+        "INFERENCE_PRECISION_HINT": arguments.precision,
         "INFERENCE_NUM_THREADS": arguments.threads,
-        "KV_CACHE_PRECISION": "bf16",
+        "KV_CACHE_PRECISION": arguments.precision,
     }
     pipeline = genai.ContinuousBatchingPipeline(arguments.converted, scheduler, "CPU", properties)
     front.sendall(b"[]\n")  # ready

@@ -195,6 +195,7 @@ def _pointer_of(target: types.Type, element: Value) -> Any:
 # Each makes a pointer of an address or of another pointer.
 int8_pointer = _pointer_of(types.int8, ir.IntType(8))
 bfloat16_pointer = _pointer_of(BFLOAT16, _I16)
+float16_pointer = _pointer_of(FLOAT16, _I16)
 float32_pointer = _pointer_of(types.float32, F32)
 float64_pointer = _pointer_of(types.float64, ir.DoubleType())
 int32_pointer = _pointer_of(types.int32, I32)

@@ -8,6 +8,10 @@ input features whatever rows stand beside it: a row's result never depends on th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -38,6 +42,8 @@ MAX_PASSES_AHEAD = 4
 """Passes over a panel during which another one is brought into the cache, at most: an equal part in each."""
 _MIN_ROWS_AHEAD = 3  # with fewer rows a pass waits for its own panel
 
+_STEPS_AT_ONCE = 4  # input features, or pairs of them, before a loop counts on
+
 _HAS_PAIR_PRODUCT = has_feature("avx512bf16")
 _VECTOR, _WORDS = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 
@@ -61,91 +67,206 @@ def _high_half(builder: Builder, words: Value) -> Value:
     return builder.bitcast(builder.and_(words, ir.Constant(_WORDS, [0xFFFF0000] * LANES)), _VECTOR)
 
 
-def _emit_pairs(
-    builder: Builder,
-    rows: list[Value],
-    panel: Value,
-    depth: Value,
-    sums: list[list[lanes.Sum]],
-    ahead: Value,
-    ahead_step: Value,
-) -> None:
-    words = builder.bitcast(panel, I32.as_pointer())
-    rows = [builder.bitcast(row, I32.as_pointer()) for row in rows]
-    half_step = builder.lshr(ahead_step, integer(1))
-    with cgutils.for_range(builder, builder.lshr(depth, integer(1)), intp=I64) as loop:
-        line = row_at(builder, words, loop.index, integer(PANEL))
-        if len(rows) >= _MIN_ROWS_AHEAD:
-            next_line = row_at(builder, ahead, loop.index, ahead_step)
-            lanes.prefetch_line(builder, next_line, locality=2)
-            lanes.prefetch_line(builder, builder.gep(next_line, [half_step]), locality=2)
-        vectors = [_load_words(builder, at(builder, line, i * LANES)) for i in range(_NUM_VECTORS)]
-        for row, totals in zip(rows, sums, strict=True):
-            pair = lanes.splat(builder, builder.load(at(builder, row, loop.index)))
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """Rows and panels whose sums grow together in registers."""
+
+    rows: list[Value]
+    panels: list[Value]
+    depth: Value
+    sums: list[list[lanes.Sum]]
+    """Of each row: the vectors of one panel, then those of the next."""
+    ahead: Value
+    ahead_step: Value
+
+    def lines(self, builder: Builder, index: Value) -> list[Value]:
+        """Where each of a row's vectors finds the weights of the input feature, or pair of them, at `index`."""
+        lines = [row_at(builder, panel, index, integer(PANEL)) for panel in self.panels]
+        return [at(builder, line, i * LANES) for line in lines for i in range(_NUM_VECTORS)]
+
+    def add_products(
+        self, builder: Builder, index: Value, weights: Callable[[Value], Value], factor: Callable[[Value], Value]
+    ) -> None:
+        """Add weights(line) * factor(row) to each sum. The order is one that the registers are enough for."""
+        lines = self.lines(builder, index)
+        if len(self.panels) == 1:
+            vectors = [weights(line) for line in lines]
+            for row, totals in zip(self.rows, self.sums, strict=True):
+                splat = lanes.splat(builder, factor(row))
+                for vector, total in zip(vectors, totals, strict=True):
+                    total.add_product(builder, splat, vector)
+            return
+        factors = [lanes.splat(builder, factor(row)) for row in self.rows]
+        for i, line in enumerate(lines):
+            vector = weights(line)
+            for splat, totals in zip(factors, self.sums, strict=True):
+                totals[i].add_product(builder, splat, vector)
+
+    def ask_ahead(self, builder: Builder, first_pair: Value, num_pairs: int) -> None:
+        if len(self.rows) < _MIN_ROWS_AHEAD or len(self.panels) > 1:
+            return
+        part, size = row_at(builder, self.ahead, first_pair, self.ahead_step), self.ahead_step
+        num_lines = max(1, num_pairs * 2 * PANEL // 64)
+        for line in range(num_lines):
+            offset = builder.udiv(builder.mul(size, integer(num_pairs * line)), integer(num_lines))
+            lanes.prefetch_line(builder, at(builder, part, offset), locality=2)
+
+
+def _emit_pairs(builder: Builder, work: _Pass) -> None:
+    """bfloat16 rows on bfloat16 weights."""
+    rows = [builder.bitcast(row, I32.as_pointer()) for row in work.rows]
+    num_pairs = builder.lshr(work.depth, integer(1))
+
+    def add_products(vectors: list[Value], pairs: list[Value]) -> None:
+        for pair, totals in zip(pairs, work.sums, strict=True):
             for vector, total in zip(vectors, totals, strict=True):
                 total.set(builder, _pair_products(builder, total.get(builder), pair, vector))
 
-    with builder.if_then(builder.trunc(depth, ir.IntType(1)), likely=False):
+    with cgutils.for_range(builder, num_pairs, intp=I64) as loop:
+        work.ask_ahead(builder, loop.index, 1)
+        vectors = [_load_words(builder, line) for line in work.lines(builder, loop.index)]
+        add_products(vectors, [lanes.splat(builder, builder.load(at(builder, row, loop.index))) for row in rows])
+    with builder.if_then(builder.trunc(work.depth, ir.IntType(1)), likely=False):
         # The last input feature has no other; its weights are paired with zeros.
-        last = builder.lshr(depth, integer(1))
-        line = row_at(builder, words, last, integer(PANEL))
-        vectors = [_load_words(builder, at(builder, line, i * LANES)) for i in range(_NUM_VECTORS)]
-        for row, totals in zip(rows, sums, strict=True):
-            half = builder.bitcast(at(builder, row, last), ir.IntType(16).as_pointer())
-            pair = lanes.splat(builder, builder.zext(builder.load(half), I32))
-            for vector, total in zip(vectors, totals, strict=True):
-                total.set(builder, _pair_products(builder, total.get(builder), pair, vector))
+        vectors = [_load_words(builder, line) for line in work.lines(builder, num_pairs)]
+        halves = [builder.bitcast(at(builder, row, num_pairs), ir.IntType(16).as_pointer()) for row in rows]
+        add_products(vectors, [lanes.splat(builder, builder.zext(builder.load(half), I32)) for half in halves])
+
+
+def _emit_widened_pairs(builder: Builder, work: _Pass) -> None:
+    """float32 rows on bfloat16 weights, which are widened on their way: the products that float32 weights have."""
+    num_pairs = builder.lshr(work.depth, integer(1))
+
+    def add_products(pair: Value, half: Callable[[Builder, Value], Value], feature: Value) -> None:
+        work.add_products(
+            builder,
+            pair,
+            lambda line: half(builder, _load_words(builder, line)),
+            lambda row: builder.load(at(builder, row, feature)),
+        )
+
+    def add_pairs(first_pair: Value, count: int) -> None:
+        work.ask_ahead(builder, first_pair, count)
+        for index in range(count):
+            pair = builder.add(first_pair, integer(index))
+            feature = builder.shl(pair, integer(1))
+            add_products(pair, _low_half, feature)
+            # Weights are loaded again for their other halves: there are too few registers to keep them.
+            _load_afresh(builder)
+            add_products(pair, _high_half, builder.add(feature, integer(1)))
+            _load_afresh(builder)
+
+    _in_groups(builder, num_pairs, _STEPS_AT_ONCE, add_pairs)
+    with builder.if_then(builder.trunc(work.depth, ir.IntType(1)), likely=False):
+        add_products(num_pairs, _low_half, builder.shl(num_pairs, integer(1)))
 
 
 def _load_words(builder: Builder, pointer: Value) -> Value:
     return builder.load(builder.bitcast(pointer, _WORDS.as_pointer()), align=4)
 
 
-def _emit_singles(
-    builder: Builder, kind: types.Type, rows: list[Value], panel: Value, depth: Value, sums: list[list[lanes.Sum]]
-) -> None:
-    with cgutils.for_range(builder, depth, intp=I64) as loop:
-        line = row_at(builder, panel, loop.index, integer(PANEL))
-        vectors = [load(builder, at(builder, line, i * LANES), kind) for i in range(_NUM_VECTORS)]
-        for row, totals in zip(rows, sums, strict=True):
-            element = widen(builder, builder.load(at(builder, row, loop.index)), kind)
-            factor = lanes.splat(builder, element)
-            for vector, total in zip(vectors, totals, strict=True):
-                total.add_product(builder, factor, vector)
+def _emit_singles(builder: Builder, work: _Pass, kind: types.Type, weight_kind: types.Type) -> None:
+    def add_features(first: Value, count: int) -> None:
+        for index in range(count):
+            feature = builder.add(first, integer(index))
+            work.add_products(
+                builder,
+                feature,
+                lambda line: load(builder, line, weight_kind),
+                lambda row, feature=feature: widen(builder, builder.load(at(builder, row, feature)), kind),  # type: ignore[misc]
+            )
+            _load_afresh(builder)
+
+    _in_groups(builder, work.depth, _STEPS_AT_ONCE, add_features)
+
+
+def _in_groups(builder: Builder, count: Value, size: int, body: Callable[[Value, int], None]) -> None:
+    """body(first, size) for each whole group of `count`, body(first, 1) for each of the rest.
+
+    What a loop does beside its products takes places in the pipeline, half of which another thread may have: two
+    virtual machines often share a core.
+    """
+    end = builder.and_(count, integer(-size))
+    for start, stop, step in ((integer(0), end, size), (end, count, 1)):
+        with cgutils.for_range_slice(builder, start, stop, integer(step), I64) as (first, _):
+            body(first, step)
+
+
+def _own_register(builder: Builder, pointer: Value) -> Value:
+    """`pointer`, of which LLVM does not know that it follows from another: it is not reckoned again in a loop."""
+    return builder.asm(ir.FunctionType(pointer.type, [pointer.type]), "", "=r,0", [pointer], False)
+
+
+def _load_afresh(builder: Builder) -> None:
+    """What is loaded behind this is not taken from before, nor loaded earlier."""
+    builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", (), True)
+
+
+@numba.njit
+def panels_together(num_rows):  # type: ignore[no-untyped-def]
+    """How many panels a single pass of so few rows should read side by side.
+
+    Their sums fit into the registers, and memory is read faster in several places at once. Where a panel is four cache
+    lines wide (AVX-512) one is enough.
+    """
+    if LANES == 16 or num_rows > 3:
+        return 1
+    return 4 if num_rows == 1 else 2
+
+
+_PASSES = [(num_rows, 1) for num_rows in range(1, MAX_ROWS + 1)]
+_PASSES += [(num_rows, panels_together.py_func(num_rows)) for num_rows in (1, 2, 3) if LANES != 16]
 
 
 @emitted(nothing)
-def multiply_panel(
+def multiply_panels(
     builder: Builder,
     kinds: Kinds,
     x: Value,
     x_stride: Value,
     num_rows: Value,
     panel: Value,
+    panel_stride: Value,
+    num_panels: Value,
     depth: Value,
     tile: Value,
     ahead: Value,
     ahead_step: Value,
 ) -> None:
-    """tile[row, :] = x[row, :depth] @ panel for up to MAX_ROWS rows; tile is float32 [MAX_ROWS, PANEL].
+    """tile[p, row, :] = x[row, :depth] @ panel p, for up to MAX_ROWS rows and one panel or `panels_together` of them;
+    tile is float32 [num_panels, num_rows, PANEL], of MAX_ROWS * PANEL elements at most.
 
     Meanwhile `ahead_step` elements at `ahead` are brought into the cache for each pair of input features, at most
-    2 * PANEL; 0 for none. That is for bfloat16: reading a panel takes as long as three or four passes over it, and what
+    PANEL; 0 for none. That is for bfloat16: reading a panel takes as long as three or four passes over it, and what
     is not asked for early is waited for in the first one. (Into the second level: in the first they would drive out
     the rows.) The memory is to be busy all the while, so as many passes as that bring the next panel, in equal parts.
     """
-    kind = kinds[0].dtype
-    for count in range(1, MAX_ROWS + 1):
-        with builder.if_then(builder.icmp_signed("==", num_rows, integer(count))):
-            sums = [[lanes.Sum(builder) for _ in range(_NUM_VECTORS)] for _ in range(count)]
-            rows = [row_at(builder, x, row, x_stride) for row in range(count)]
-            if kind == BFLOAT16:
-                _emit_pairs(builder, rows, panel, depth, sums, ahead, ahead_step)
+    kind, weight_kind = kinds[0].dtype, kinds[3].dtype
+    is_pairs = weight_kind == BFLOAT16
+    for row_count, panel_count in _PASSES:
+        is_this = builder.icmp_signed("==", num_rows, integer(row_count))
+        is_this = builder.and_(is_this, builder.icmp_signed("==", num_panels, integer(panel_count)))
+        with builder.if_then(is_this):
+            panels = [row_at(builder, panel, index, panel_stride) for index in range(panel_count)]
+            rows = [row_at(builder, x, row, x_stride) for row in range(row_count)]
+            work = _Pass(
+                rows=rows if kind == BFLOAT16 else [_own_register(builder, row) for row in rows],
+                panels=[builder.bitcast(p, I32.as_pointer()) for p in panels] if is_pairs else panels,
+                depth=depth,
+                sums=[[lanes.Sum(builder) for _ in range(panel_count * _NUM_VECTORS)] for _ in range(row_count)],
+                ahead=ahead,
+                ahead_step=ahead_step,
+            )
+            if not is_pairs:
+                _emit_singles(builder, work, kind, weight_kind)
+            elif kind == BFLOAT16:
+                _emit_pairs(builder, work)
             else:
-                _emit_singles(builder, kind, rows, panel, depth, sums)
-            for row, totals in enumerate(sums):
+                _emit_widened_pairs(builder, work)
+            for row, totals in enumerate(work.sums):
                 for i, total in enumerate(totals):
-                    store(builder, total.get(builder), at(builder, tile, row * PANEL + i * LANES))
+                    line = i // _NUM_VECTORS * row_count + row
+                    store(builder, total.get(builder), at(builder, tile, line * PANEL + i % _NUM_VECTORS * LANES))
 
 
 @emitted(lambda: types.CPointer(types.float32))

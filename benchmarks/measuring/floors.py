@@ -70,8 +70,8 @@ class ModelCost:
         """Read it from config.json and the headers of the weights.
 
         Args:
-            item_bytes: of a weight as it is kept in memory, if it is not quantized.
-            kv_item_bytes: of an element of the KV-cache; None: as the weights.
+            item_bytes: of an element of what is computed with. Matrices that are stored in 16 bits are kept so.
+            kv_item_bytes: of an element of the KV-cache; None: `item_bytes`.
             quantization: "int8" or "int4": of the linear layers; the head then has 8 bits.
 
         Raises:
@@ -91,8 +91,10 @@ class ModelCost:
         heads = {name for name in matrices if name.endswith("lm_head.weight")}
         linear = sum(sizes[name] for name in matrices - looked_up - heads)
         vectors = sum(sizes[name] for name in sizes.keys() - matrices)
-        layer_bytes = QUANTIZED_BYTES.get(quantization or "", item_bytes)
-        head_bytes = item_bytes if quantization is None else QUANTIZED_BYTES["int8"]
+        is_narrow = all(entries[name].dtype in ("BF16", "F16") for name in matrices)
+        matrix_bytes = min(item_bytes, 2) if is_narrow else item_bytes
+        layer_bytes = QUANTIZED_BYTES.get(quantization or "", matrix_bytes)
+        head_bytes = matrix_bytes if quantization is None else QUANTIZED_BYTES["int8"]
         return cls(
             weight_bytes=round(linear * layer_bytes + head * head_bytes + vectors * item_bytes),
             linear_weights=linear,

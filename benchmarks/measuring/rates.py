@@ -20,6 +20,8 @@ import numba
 import torch
 import torch.nn.functional as F
 
+from quire.kernels.linear import linear, pack
+
 READ_BYTES = 5 * 2**28
 SHAPES = ((512, 1024, 4096), (2048, 2048, 2048), (1024, 4096, 4096), (4096, 4096, 4096))
 """Rows, inner size and columns of the matrix products."""
@@ -97,6 +99,10 @@ def measure(num_threads: int, dtype: torch.dtype, device: torch.device, seconds:
         right = torch.randn((columns, inner), device=device).to(dtype)
         spent = best_seconds(lambda left=left, right=right: F.linear(left, right), device, seconds)  # type: ignore[misc]
         multiply[f"{rows} x {inner} x {columns}"] = 2 * rows * inner * columns / spent
+        if device.type == "cpu":
+            packed = pack(right)
+            spent = best_seconds(lambda left=left, packed=packed: linear(left, packed), device, seconds)  # type: ignore[misc]
+            multiply[f"{rows} x {inner} x {columns}, packed"] = 2 * rows * inner * columns / spent
     return {
         "read_bytes_per_s": max(read.values()),
         "operations_per_s": max(multiply.values()),

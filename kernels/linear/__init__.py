@@ -105,7 +105,8 @@ def linear(
     Bias, activation and product are applied to them before they are rounded.
 
     Args:
-        x: [T, K] in the weight's dtype; the last dimension is contiguous.
+        x: [T, K] in the weight's dtype, or float32: the weight is then widened on its way, and the result is, bit for
+            bit, that of the weight in float32. The last dimension is contiguous.
         weight: from `pack`.
         bias: from `pack_bias` (with the weight's `gated`), or None.
         activation: f; None is the identity.
@@ -123,8 +124,11 @@ def linear(
     body = choose_body(backend, x.device)
     require(body != "triton", "packed weights are for the CPU")
     require(
-        x.dim() == 2 and x.shape[1] == weight.in_features and x.stride(1) == 1 and x.dtype == weight.dtype,
-        f"x must be [T, {weight.in_features}] {weight.dtype}, its last dimension contiguous",
+        x.dim() == 2
+        and x.shape[1] == weight.in_features
+        and x.stride(1) == 1
+        and x.dtype in (weight.dtype, torch.float32),
+        f"x must be [T, {weight.in_features}] {weight.dtype} or float32, its last dimension contiguous",
         x,
     )
     require(out_dtype in (None, x.dtype, torch.float32), f"out_dtype must be {x.dtype} or float32, not {out_dtype}")
@@ -141,14 +145,16 @@ def linear(
     return run(x, weight, bias, activation, out_dtype or x.dtype)
 
 
-def embedding(indices: torch.Tensor, weight: PackedWeight, *, backend: Backend = "auto") -> torch.Tensor:
-    """Row i of a weight that is not gated for each index i: [T] int64 to [T, K] in the weight's dtype.
+def embedding(
+    indices: torch.Tensor, weight: PackedWeight, out_dtype: torch.dtype, *, backend: Backend = "auto"
+) -> torch.Tensor:
+    """Row i of a weight that is not gated for each index i: [T] int64 to [T, K] in the weight's dtype or float32.
 
     So that one packed tensor serves both as embedding and as the head tied to it.
 
     Raises:
-        ValueError: indices are not [T] int64 on the CPU, or the weight is gated. That they are in range is the
-            caller's duty.
+        ValueError: indices are not [T] int64 on the CPU, the weight is gated, or `out_dtype` is another. That indices
+            are in range is the caller's duty.
     """
     body = choose_body(backend, indices.device)
     require(body != "triton", "packed weights are for the CPU")
@@ -157,8 +163,9 @@ def embedding(indices: torch.Tensor, weight: PackedWeight, *, backend: Backend =
         "indices must be contiguous int64 [T], the weight not gated",
         indices,
     )
+    require(out_dtype in (weight.dtype, torch.float32), f"out_dtype must be {weight.dtype} or float32, not {out_dtype}")
     if body == "cpu":
         from quire.kernels.linear.cpu import embedding as run
     else:
         from quire.kernels.linear.reference import embedding as run
-    return run(indices, weight)
+    return run(indices, weight, out_dtype)

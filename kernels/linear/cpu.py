@@ -9,9 +9,18 @@ import numpy as np
 import torch
 
 from quire.kernels.cpu_activation import CODES, NO_ACTIVATION
-from quire.kernels.cpu_elements import int64_pointer, move, pointer_to, take
+from quire.kernels.cpu_elements import (
+    bfloat16_pointer,
+    float16_pointer,
+    int64_pointer,
+    move,
+    pointer_to,
+    read,
+    take,
+    write,
+)
 from quire.kernels.cpu_epilogue import finish_common, finish_row, is_common
-from quire.kernels.cpu_matrix import MAX_PASSES_AHEAD, MAX_ROWS, PANEL, multiply_panel, new_tile
+from quire.kernels.cpu_matrix import MAX_PASSES_AHEAD, MAX_ROWS, PANEL, multiply_panels, new_tile, panels_together
 from quire.kernels.cpu_ranges import Panels, enter_ranges, open_ranges, state_bytes, take_unit
 from quire.kernels.cpu_tiles import ROWS_PER_BLOCK, TILE_DEPTH, has_tiles, multiply_block, new_block
 from quire.kernels.cpu_workers import Worker, new_tensor, scratch, thread_number_address
@@ -69,35 +78,83 @@ def _finish_rows(parameters, shared, panel, first_row, count, tile):  # type: ig
         )
 
 
-def _multiply(shared: Any) -> None:
+@numba.njit
+def _multiply_few_rows(parameters, shared, x, weight, first_panel, end, tile):  # type: ignore[no-untyped-def]
+    """All rows, which one pass is enough for, on the panels [first_panel, end): side by side if they are that many."""
+    num_rows, stride = parameters[NUM_ROWS], parameters[PANEL_STRIDE]
+    step = end - first_panel if end - first_panel == panels_together(num_rows) else 1
+    for panel in range(first_panel, end, step):
+        multiply_panels(
+            x,
+            parameters[X_STRIDE],
+            num_rows,
+            move(weight, panel * stride),
+            stride,
+            step,
+            parameters[IN_FEATURES],
+            tile,
+            weight,
+            0,
+        )
+        for i in range(step):
+            _finish_rows(parameters, shared, panel + i, 0, num_rows, move(tile, i * num_rows * PANEL))
+
+
+@numba.njit
+def _multiply_unit(parameters, shared, x, weight, unit, following, num_blocks, tile):  # type: ignore[no-untyped-def]
+    """A block of rows on a panel, in passes, while the panel of the unit `following` is brought; < 0: there is none."""
+    depth, x_stride, stride = parameters[IN_FEATURES], parameters[X_STRIDE], parameters[PANEL_STRIDE]
+    panel, block = divmod(unit, num_blocks)
+    row, end = block * _ROWS_PER_UNIT, min((block + 1) * _ROWS_PER_UNIT, parameters[NUM_ROWS])
+    num_passes = -(-(end - row) // MAX_ROWS)
+    panel_weight = move(weight, panel * stride)
+    next_panel = move(weight, following // num_blocks * stride)
+    passes_ahead = min(num_passes, MAX_PASSES_AHEAD) if following >= 0 and num_passes > 1 else 0
+    part = -(-2 * PANEL // max(passes_ahead, 1))  # of the next panel, for each pair of input features
+    while row < end:
+        count = -(-(end - row) // num_passes)  # as even as can be
+        ahead, step = panel_weight, 0
+        if num_passes <= passes_ahead:
+            ahead, step = move(next_panel, (passes_ahead - num_passes) * part * (depth // 2)), part
+        multiply_panels(move(x, row * x_stride), x_stride, count, panel_weight, stride, 1, depth, tile, ahead, step)
+        _finish_rows(parameters, shared, panel, row, count, tile)
+        row += count
+        num_passes -= 1
+
+
+@numba.njit
+def _multiply_panels(shared, weight):  # type: ignore[no-untyped-def]
+    """As `_multiply`, on `weight`, which may be of another type than the rows."""
     parameters = int64_pointer(shared)
-    num_rows, depth, x_stride = parameters[NUM_ROWS], parameters[IN_FEATURES], parameters[X_STRIDE]
-    x, weight = pointer_to(parameters[X], shared), pointer_to(parameters[WEIGHT], shared)
-    tile = new_tile()
-    num_blocks = -(-num_rows // _ROWS_PER_UNIT)
-    num_units = parameters[NUM_PANELS] * num_blocks
+    num_panels, x, tile = parameters[NUM_PANELS], pointer_to(parameters[X], shared), new_tile()
+    num_blocks = -(-parameters[NUM_ROWS] // _ROWS_PER_UNIT)
+    together = panels_together(parameters[NUM_ROWS])
+    num_units = -(-num_panels // together) * num_blocks
     ranges, num_ranges = int64_pointer(parameters[RANGES]), parameters[NUM_RANGES]
     thread = enter_ranges(ranges, parameters[THREAD_NUMBER])
     unit = take_unit(ranges, num_ranges, thread, num_units)
     while unit < num_units:
         following = take_unit(ranges, num_ranges, thread, num_units)
-        panel, block = divmod(unit, num_blocks)
-        row, end = block * _ROWS_PER_UNIT, min((block + 1) * _ROWS_PER_UNIT, num_rows)
-        num_passes = -(-(end - row) // MAX_ROWS)
-        panel_weight = move(weight, panel * parameters[PANEL_STRIDE])
-        next_panel = move(weight, following // num_blocks * parameters[PANEL_STRIDE])
-        passes_ahead = min(num_passes, MAX_PASSES_AHEAD) if following < num_units and num_passes > 1 else 0
-        part = -(-2 * PANEL // max(passes_ahead, 1))  # of the next panel, for each pair of input features
-        while row < end:
-            count = -(-(end - row) // num_passes)  # as even as can be
-            ahead, step = panel_weight, 0
-            if num_passes <= passes_ahead:
-                ahead, step = move(next_panel, (passes_ahead - num_passes) * part * (depth // 2)), part
-            multiply_panel(move(x, row * x_stride), x_stride, count, panel_weight, depth, tile, ahead, step)
-            _finish_rows(parameters, shared, panel, row, count, tile)
-            row += count
-            num_passes -= 1
+        if together > 1:
+            first_panel = unit * together
+            end = min(first_panel + together, num_panels)
+            _multiply_few_rows(parameters, shared, x, weight, first_panel, end, tile)
+        else:
+            ahead = following if following < num_units else -1
+            _multiply_unit(parameters, shared, x, weight, unit, ahead, num_blocks, tile)
         unit = following
+
+
+def _multiply(shared: Any) -> None:
+    _multiply_panels(shared, pointer_to(int64_pointer(shared)[WEIGHT], shared))
+
+
+def _multiply_bfloat16(shared: Any) -> None:
+    _multiply_panels(shared, bfloat16_pointer(int64_pointer(shared)[WEIGHT]))
+
+
+def _multiply_float16(shared: Any) -> None:
+    _multiply_panels(shared, float16_pointer(int64_pointer(shared)[WEIGHT]))
 
 
 def _multiply_tiles(shared: Any) -> None:
@@ -137,6 +194,11 @@ def _multiply_tiles(shared: Any) -> None:
 
 
 WORKER = Worker(_multiply, _prepare)
+WIDENING_WORKERS = {
+    torch.bfloat16: Worker(_multiply_bfloat16, _prepare),
+    torch.float16: Worker(_multiply_float16, _prepare),
+}
+"""For float32 rows on weights of 16 bits."""
 TILES_WORKER = Worker(_multiply_tiles, _prepare)
 
 
@@ -162,43 +224,65 @@ def linear(
     is_small = num_rows * num_panels * PANEL * depth < _MIN_PRODUCTS
     panels = Panels(weight.data.data_ptr(), num_panels, weight.data.stride(0) * weight.data.itemsize)
     in_tiles = x.dtype == torch.bfloat16 and depth % TILE_DEPTH == 0 and has_tiles()
-    worker = TILES_WORKER if in_tiles else WORKER
+    worker = TILES_WORKER if in_tiles else WORKER if weight.dtype == x.dtype else WIDENING_WORKERS[weight.dtype]
     worker.run(x.dtype, parameters, 1 if is_small else num_threads, panels)
     return out
 
 
 # Of `embedding`.
-_TOKENS, _TABLE, _ROWS, _NUM_TOKENS, _DEPTH, _STRIDE, _PAIRED = range(1, 8)
+_TOKENS, _TABLE, _ROWS, _NUM_TOKENS, _DEPTH, _STRIDE = range(1, 7)
 
 
-def _embed(shared: Any) -> None:
+@numba.njit
+def _embed_singles(shared, table):  # type: ignore[no-untyped-def]
     parameters = int64_pointer(shared)
-    tokens, depth = int64_pointer(parameters[_TOKENS]), parameters[_DEPTH]
-    table, rows = pointer_to(parameters[_TABLE], shared), pointer_to(parameters[_ROWS], shared)
+    tokens, depth, rows = int64_pointer(parameters[_TOKENS]), parameters[_DEPTH], pointer_to(parameters[_ROWS], shared)
     token = take(parameters)
     while token < parameters[_NUM_TOKENS]:
         panel, column = divmod(tokens[token], PANEL)
         source, target = move(table, panel * parameters[_STRIDE]), move(rows, token * depth)
-        if parameters[_PAIRED]:
-            for i in range(depth):
-                target[i] = source[(i // 2 * PANEL + column) * 2 + i % 2]
-        else:
-            for i in range(depth):
-                target[i] = source[i * PANEL + column]
+        for i in range(depth):
+            write(target, i, read(source, i * PANEL + column))
         token = take(parameters)
 
 
-EMBEDDING_WORKER = Worker(_embed)
+def _embed(shared: Any) -> None:
+    _embed_singles(shared, pointer_to(int64_pointer(shared)[_TABLE], shared))
 
 
-def embedding(indices: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    out = new_tensor((len(indices), weight.in_features), weight.dtype)
+def _embed_float16(shared: Any) -> None:
+    _embed_singles(shared, float16_pointer(int64_pointer(shared)[_TABLE]))
+
+
+def _embed_bfloat16(shared: Any) -> None:
+    parameters = int64_pointer(shared)
+    tokens, depth, rows = int64_pointer(parameters[_TOKENS]), parameters[_DEPTH], pointer_to(parameters[_ROWS], shared)
+    table = bfloat16_pointer(parameters[_TABLE])
+    token = take(parameters)
+    while token < parameters[_NUM_TOKENS]:
+        panel, column = divmod(tokens[token], PANEL)
+        source, target = move(table, panel * parameters[_STRIDE]), move(rows, token * depth)
+        for i in range(depth):
+            write(target, i, read(source, (i // 2 * PANEL + column) * 2 + i % 2))
+        token = take(parameters)
+
+
+EMBEDDING_WORKERS = {
+    torch.float32: Worker(_embed),
+    torch.float16: Worker(_embed_float16),
+    torch.bfloat16: Worker(_embed_bfloat16),
+}
+"""By the dtype of the table."""
+
+
+def embedding(indices: torch.Tensor, weight: PackedWeight, out_dtype: torch.dtype) -> torch.Tensor:
+    out = new_tensor((len(indices), weight.in_features), out_dtype)
     parameters = np.array(
         [
             *(0, indices.data_ptr(), weight.data.data_ptr(), out.data_ptr()),
-            *(len(indices), weight.in_features, weight.data.stride(0), weight.dtype == torch.bfloat16),
+            *(len(indices), weight.in_features, weight.data.stride(0)),
         ],
         np.int64,
     )
-    EMBEDDING_WORKER.run(weight.dtype, parameters, torch.get_num_threads() if len(indices) > 8 else 1)
+    EMBEDDING_WORKERS[weight.dtype].run(out_dtype, parameters, torch.get_num_threads() if len(indices) > 8 else 1)
     return out

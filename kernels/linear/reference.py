@@ -43,5 +43,5 @@ def linear(
     return (activate(gate, activation) * up).to(out_dtype)
 
 
-def embedding(indices: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    return unpack(weight)[indices]
+def embedding(indices: torch.Tensor, weight: PackedWeight, out_dtype: torch.dtype) -> torch.Tensor:
+    return unpack(weight)[indices].to(out_dtype)

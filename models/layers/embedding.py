@@ -26,7 +26,7 @@ class Embedding:
             return F.embedding(indices, self._table)
         if isinstance(self._table, QuantizedWeight):
             return quantized.embedding(indices, self._table, self._dtype)
-        return packed.embedding(indices, self._table)
+        return packed.embedding(indices, self._table, self._dtype)
 
 
 class LogitsHead:
@@ -48,12 +48,12 @@ def load_embedding_and_head(
     weights: Weights, embedding_name: str, head_name: str, vocab_size: int, size: int, *, tied: bool
 ) -> tuple[Embedding, LogitsHead]:
     """The first and the last layer of a model: one table if they are `tied`."""
-    weight = weights.tensor(f"{embedding_name}.weight", vocab_size, size)
+    weight = weights.matrix({f"{embedding_name}.weight": vocab_size}, size)
     table = _table(weights, weight)
     if tied:
         weights.skip_copy(f"{head_name}.weight", weight)
         return Embedding(table, weights.dtype), LogitsHead(_projection(table))
-    head = _table(weights, weights.tensor(f"{head_name}.weight", vocab_size, size))
+    head = _table(weights, weights.matrix({f"{head_name}.weight": vocab_size}, size))
     return Embedding(table, weights.dtype), LogitsHead(_projection(head))
 
 

@@ -153,7 +153,7 @@ def fused_linear(
         return Fp8Linear(
             fp8.in_code_dtype(Fp8Weight(*stored), fp8_dtype(weights)), bias_vector, activation, gated=gated
         )
-    weight = weights.stacked(names, in_features)
+    weight = weights.matrix(names, in_features)
     return make_linear(weights, weight, bias_vector, activation=activation, gated=gated)
 
 

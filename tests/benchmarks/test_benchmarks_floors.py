@@ -81,6 +81,10 @@ def test_costs_are_those_of_the_checkpoint(tiny_checkpoint, tied: bool) -> None:
     assert cost.weight_bytes == 2 * (total if tied else total - embedding)
     vectors = sum(entry.shape[0] for entry in entries.values() if len(entry.shape) == 1)
     assert cost.linear_weights == total - vectors - embedding * (1 if tied else 2)
+    assert ModelCost.of(directory, item_bytes=4).weight_bytes == 2 * cost.weight_bytes
+    narrow = ModelCost.of(tiny_checkpoint("llama", tie_word_embeddings=tied, dtype="bfloat16"), item_bytes=4)
+    assert narrow.weight_bytes == cost.weight_bytes + 2 * vectors
+    assert narrow.kv_bytes_per_token == 2 * cost.kv_bytes_per_token
     for quantization, bytes_per_weight in (("int8", 1), ("int4", 0.5 + 2 / 128)):
         quantized = ModelCost.of(directory, item_bytes=2, quantization=quantization)
         expected = cost.linear_weights * bytes_per_weight + embedding + 2 * vectors

@@ -63,6 +63,22 @@ def test_is_the_product(shape: tuple[int, int, int], gated: bool, dtype: torch.d
         torch.testing.assert_close(rounded.double(), expected, rtol=eps, atol=2e-6 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_float32_rows_on_narrow_weights_are_as_on_wide_ones(
+    shape: tuple[int, int, int], gated: bool, dtype: torch.dtype
+) -> None:
+    x, weight, bias = (tensor.float() for tensor in problem(*shape, dtype))
+    x = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) / 64  # no longer of 16 bits
+    narrow, wide = pack(weight.to(dtype), gated=gated), pack(weight, gated=gated)
+    bias = pack_bias(bias, gated=gated)
+    found = linear(x, narrow, bias, activation="silu")
+    assert found.dtype == torch.float32
+    assert torch.equal(found, linear(x, wide, bias, activation="silu"))
+    torch.testing.assert_close(found, linear(x, narrow, bias, activation="silu", backend="reference"))
+
+
 @pytest.mark.parametrize("activation", sorted(CODES))
 def test_activations_at_every_magnitude(activation: Activation) -> None:
     """The identity as weight: what comes out is the function of what went in."""
@@ -109,7 +125,11 @@ def test_rows_may_be_a_view() -> None:
 def test_embedding_takes_rows_of_the_packed_weight(dtype: torch.dtype) -> None:
     _, weight, _ = problem(1, 31, 200, dtype)
     indices = torch.tensor([0, 63, 64, 199, 64])
-    assert torch.equal(embedding(indices, pack(weight)), weight[indices])
+    for out_dtype in {dtype, torch.float32}:
+        for backend in ("cpu", "reference"):
+            found = embedding(indices, pack(weight), out_dtype, backend=backend)
+            assert found.dtype == out_dtype
+            assert torch.equal(found, weight[indices].to(out_dtype))
 
 
 def test_refuses_what_it_cannot_do() -> None:
@@ -123,7 +143,11 @@ def test_refuses_what_it_cannot_do() -> None:
     with pytest.raises(ValueError, match="pack_bias"):
         linear(torch.zeros(2, 8), packed, torch.zeros(4))
     with pytest.raises(ValueError, match="not gated"):
-        embedding(torch.zeros(1, dtype=torch.int64), pack(torch.zeros(4, 8), gated=True))
+        embedding(torch.zeros(1, dtype=torch.int64), pack(torch.zeros(4, 8), gated=True), torch.float32)
+    with pytest.raises(ValueError, match="out_dtype must be"):
+        embedding(torch.zeros(1, dtype=torch.int64), packed, torch.bfloat16)
+    with pytest.raises(ValueError, match="or float32"):
+        linear(torch.zeros(2, 8, dtype=torch.float16), pack(torch.zeros(4, 8, dtype=torch.bfloat16)))
 
 
 @pytest.mark.parametrize("vocab_size", [1, 5, 16, 33, 8192, 151937])

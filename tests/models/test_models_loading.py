@@ -132,6 +132,25 @@ def test_a_tied_head_may_be_stored_if_it_is_the_embedding(checkpoint: Checkpoint
         load(directory)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+def test_matrices_stored_in_16_bits_stay_so_beside_float32(checkpoint: Checkpoint, family: str, stored: str) -> None:
+    directory = checkpoint(family, dtype=stored)
+    narrow = load(directory).weight_bytes
+    edit(directory, lambda t: t.update({name: tensor.float() for name, tensor in t.items()}))
+    assert 0.5 * load(directory).weight_bytes <= narrow < 0.65 * load(directory).weight_bytes
+    assert load(directory, getattr(torch, stored)).weight_bytes <= narrow
+
+
+def test_a_tied_head_in_another_dtype_is_compared_in_float32(checkpoint: Checkpoint) -> None:
+    directory = checkpoint(tie_word_embeddings=True, dtype="bfloat16")
+    edit(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].float()}))
+    load(directory)
+    edit(directory, lambda t: t["lm_head.weight"][-1, -1].mul_(1.001))  # bfloat16 would not show it
+    with pytest.raises(ConfigError, match="set 'tie_word_embeddings' to false"):
+        load(directory)
+
+
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.norm.weight", "model.layers.1.self_attn.k_proj.weight"])
 def test_missing_tensor(checkpoint: Checkpoint, name: str) -> None:
     directory = checkpoint()

@@ -50,6 +50,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ),
+    "qwen3 tied, stored in bfloat16": ("qwen3", {"tie_word_embeddings": True, "dtype": "bfloat16"}),
+    "llama stored in float16": ("llama", {"dtype": "float16"}),
+    "gpt2 stored in bfloat16": ("gpt2", {"dtype": "bfloat16"}),
     "gpt2": ("gpt2", {}),
     "gpt2, untied, wide": ("gpt2", {"tie_word_embeddings": False, "n_inner": 80, "activation_function": "relu"}),
 }
