@@ -50,8 +50,18 @@ def require_kernels(model_config: ModelConfig, device: torch.device) -> None:
 
 
 def choose_dtype(config: EngineConfig, checkpoint_dtype: str, device: torch.device) -> torch.dtype:
-    """`auto`: the checkpoint's dtype; on a CPU float32, unless the checkpoint and the processor both have bfloat16."""
+    """`auto`: the checkpoint's dtype; on a CPU float32, unless the checkpoint and the processor both have bfloat16.
+
+    Says in one line when this processor is not made for what was asked for.
+    """
     if config.dtype != "auto":
+        is_native = config.dtype == "float32" or (config.dtype == "bfloat16" and cpu_has_bfloat16())
+        if device.type == "cpu" and not is_native:
+            log.warning(
+                "--dtype %s: this processor does not multiply it; --dtype float32 is faster, more exact, and keeps "
+                "weights as they are stored.",
+                config.dtype,
+            )
         return DTYPES[config.dtype]
     if device.type == "cpu" and not (checkpoint_dtype == "bfloat16" and cpu_has_bfloat16()):
         return torch.float32
@@ -71,8 +81,8 @@ def choose_quantization(config: EngineConfig, device: torch.device) -> Quantizat
         )
     if not is_fast_here():
         log.warning(
-            "--quantization %s: this processor has no instruction for products of bytes (AVX-VNNI); without the flag "
-            "it may be faster.",
+            "--quantization %s: this processor has no instruction for products of bytes (AVX-VNNI): a few streams "
+            "are faster with the flag, many without it.",
             config.quantization,
         )
     return config.quantization

@@ -19,11 +19,11 @@ from numba.core import cgutils
 from quire.kernels import cpu_lanes as lanes
 from quire.kernels.cpu_elements import BFLOAT16, F32, I32, I64, Builder, Kinds, Value, emitted, has_feature, nothing
 from quire.kernels.cpu_lanes import LANES, at, constant, integer, load, row_at, store
-from quire.kernels.cpu_matrix import PANEL
+from quire.kernels.cpu_matrix import PANEL, panels_together
 
 NUM_VECTORS = PANEL // LANES
 ROWS_TOGETHER = 3
-"""Rows that share the weights that are in registers: their sums, two of each, fill the rest."""
+"""Rows that share the weights that are in registers: their sums, of which the byte product needs two, fill the rest."""
 ROWS_PER_TILE = 48
 """Rows whose sums a tile holds while a panel is read once; with a group's weights they fill the first cache."""
 ZERO_POINTS = {8: 128, 4: 8}
@@ -39,6 +39,7 @@ _HAS_SHORT_PRODUCT = has_feature("avx512bw") if LANES == 16 else has_feature("av
 
 _BYTE, _SHORT = ir.IntType(8), ir.IntType(16)
 _WORDS, _FLOATS = ir.VectorType(I32, LANES), ir.VectorType(F32, LANES)
+_PAIRS = ir.VectorType(_SHORT, 2 * LANES)
 _BYTES, _SHORTS = ir.VectorType(_BYTE, LANES), ir.VectorType(_SHORT, LANES)
 _ROUND = 12582912.0  # 1.5 * 2**23: adding it leaves the nearest integer in the low bits of the sum
 _ROUND_BITS = 0x4B400000
@@ -108,22 +109,19 @@ class _Sums:
     """The integer sums of one row and one vector of output features."""
 
     def __init__(self, builder: Builder, start: Value) -> None:
-        self._slots = [cgutils.alloca_once(builder, _WORDS) for _ in range(2)]
-        for slot, value in zip(self._slots, (_words(0), start), strict=True):
+        starts = [_words(0), start] if HAS_BYTE_PRODUCT else [start]
+        self._slots = [cgutils.alloca_once(builder, _WORDS) for _ in starts]
+        for slot, value in zip(self._slots, starts, strict=True):
             builder.store(value, slot)
 
-    def add_products(self, builder: Builder, weights: Value, inputs: list[Value]) -> None:
-        """Of four unsigned weights in each lane with four inputs, which are two words, the same in each lane."""
-        if HAS_BYTE_PRODUCT:
-            parts = [weights, weights]
-        else:
-            parts = [builder.and_(half, _words(0x00FF00FF)) for half in (weights, builder.lshr(weights, _words(8)))]
-        for slot, part, operand in zip(self._slots, parts, inputs, strict=True):
-            builder.store(_add_products(builder, builder.load(slot), part, operand), slot)
+    def add_products(self, builder: Builder, weights: Value, inputs: Value, slot: int = 0) -> None:
+        """Of unsigned weights in each lane, four bytes or two int16, with a word of inputs, the same in each lane."""
+        total = _add_products(builder, builder.load(self._slots[slot]), weights, inputs)
+        builder.store(total, self._slots[slot])
 
     def get(self, builder: Builder) -> Value:
-        first, second = (builder.load(slot) for slot in self._slots)
-        return builder.add(builder.shl(first, _words(8)) if HAS_BYTE_PRODUCT else first, second)
+        *high, low = (builder.load(slot) for slot in self._slots)
+        return builder.add(builder.shl(high[0], _words(8)), low) if high else low
 
 
 def _add_products(builder: Builder, total: Value, weights: Value, inputs: Value) -> Value:
@@ -131,8 +129,7 @@ def _add_products(builder: Builder, total: Value, weights: Value, inputs: Value)
     if HAS_BYTE_PRODUCT:
         return lanes.call(builder, f"llvm.x86.avx512.vpdpbusd.{32 * LANES}", _WORDS, [total, weights, inputs])
     if _HAS_SHORT_PRODUCT:
-        shorts = ir.VectorType(_SHORT, 2 * LANES)
-        arguments = [builder.bitcast(weights, shorts), builder.bitcast(inputs, shorts)]
+        arguments = [builder.bitcast(weights, _PAIRS), builder.bitcast(inputs, _PAIRS)]
         name = "llvm.x86.avx512.pmaddw.d.512" if LANES == 16 else "llvm.x86.avx2.pmadd.wd"
         return builder.add(total, lanes.call(builder, name, _WORDS, arguments))
     sixteen = _words(16)
@@ -154,26 +151,45 @@ def multiply_group(
     weights: Value,
     fetch_next: Value,
     scales: Value,
+    num_panels: Value,
+    panel_bytes: Value,
+    scale_bytes: Value,
     tile: Value,
 ) -> None:
-    """tile[row, :] += x[row] @ group for up to ROWS_TOGETHER rows; all but the tile are integers and addresses.
+    """tile[p, row, :] += x[row] @ group of panel p, for up to ROWS_TOGETHER rows and one panel or `panels_together` of
+    them; all but the tile are integers and addresses.
 
     Args:
         x: [num_rows, group_size * GROUP_BYTES] bytes.
         factors: [num_rows, 2]: scale and minus the sum, of `quantize_group`.
         num_lines: the group's lines of PANEL words.
-        weights: those lines.
-        scales: [PANEL] bfloat16 that the group's sums are multiplied with, if `bits` is 4.
-        tile: [num_rows, PANEL] float32.
+        weights: those lines, of the first panel.
+        scales: [PANEL] bfloat16 that the group's sums are multiplied with, if `bits` is 4; of the first panel.
+        panel_bytes, scale_bytes: from a panel's weights, or scales, to the next one's.
+        tile: [num_panels, num_rows, PANEL] float32.
     """
     prefetches = builder.icmp_signed("!=", fetch_next, integer(0))
     for width in ZERO_POINTS:
         for count in range(1, ROWS_TOGETHER + 1):
-            is_case = builder.and_(
-                builder.icmp_signed("==", bits, integer(width)), builder.icmp_signed("==", num_rows, integer(count))
-            )
-            with builder.if_then(is_case):
-                _emit_group(builder, width, count, x, factors, group_size, num_lines, weights, prefetches, scales, tile)
+            for panel_count in {1, panels_together.py_func(count)}:
+                is_case = builder.icmp_signed("==", bits, integer(width))
+                is_case = builder.and_(is_case, builder.icmp_signed("==", num_rows, integer(count)))
+                is_case = builder.and_(is_case, builder.icmp_signed("==", num_panels, integer(panel_count)))
+                panels = range(panel_count)
+                with builder.if_then(is_case):
+                    _emit_group(
+                        builder,
+                        width,
+                        count,
+                        x,
+                        factors,
+                        group_size,
+                        num_lines,
+                        [builder.add(weights, builder.mul(panel_bytes, integer(panel))) for panel in panels],
+                        prefetches,
+                        [builder.add(scales, builder.mul(scale_bytes, integer(panel))) for panel in panels],
+                        tile,
+                    )
 
 
 def _emit_group(
@@ -184,44 +200,73 @@ def _emit_group(
     factors: Value,
     group_size: Value,
     num_lines: Value,
-    weights: Value,
+    weights: list[Value],
     prefetches: Value,
-    scales: Value,
+    scales: list[Value],
     tile: Value,
 ) -> None:
-    words, inputs = (builder.inttoptr(address, I32.as_pointer()) for address in (weights, x))
+    panels = [builder.inttoptr(address, I32.as_pointer()) for address in weights]
+    inputs = builder.inttoptr(x, I32.as_pointer())
     sums_of_inputs = builder.inttoptr(factors, I32.as_pointer())
     zero_point = _words(ZERO_POINTS[bits])
     sums = []
     for row in range(count):
         excess = builder.mul(lanes.splat(builder, builder.load(at(builder, sums_of_inputs, 2 * row + 1))), zero_point)
-        sums.append([_Sums(builder, excess) for _ in range(NUM_VECTORS)])
+        sums.append([_Sums(builder, excess) for _ in range(len(panels) * NUM_VECTORS)])
     words_per_row = builder.lshr(group_size, integer(1))
     rows = [row_at(builder, inputs, row, words_per_row) for row in range(count)]
     words_per_line = 8 // bits * 2
     with cgutils.for_range(builder, num_lines, intp=I64) as loop:
-        line = row_at(builder, words, loop.index, integer(PANEL))
-        vectors = [_load_words(builder, at(builder, line, i * LANES)) for i in range(NUM_VECTORS)]
+        lines = [row_at(builder, panel, loop.index, integer(PANEL)) for panel in panels]
         with builder.if_then(prefetches):
             for word in range(0, PANEL, 16):
-                next_words = row_at(builder, line, num_lines, integer(PANEL), integer(word))
+                next_words = row_at(builder, lines[0], num_lines, integer(PANEL), integer(word))
                 lanes.prefetch_line(builder, next_words, locality=3)
+        places = [at(builder, line, i * LANES) for line in lines for i in range(NUM_VECTORS)]
         first = builder.mul(loop.index, integer(words_per_line))
-        for part, unpacked in enumerate(_unpacked(builder, vectors, bits)):
-            for row, totals in zip(rows, sums, strict=True):
-                pair = [lanes.splat(builder, builder.load(at(builder, row, first, 2 * part + i))) for i in range(2)]
-                for vector, total in zip(unpacked, totals, strict=True):
-                    total.add_products(builder, vector, pair)
-    group_scales = builder.inttoptr(scales, _SHORT.as_pointer())
+        inputs_at = [at(builder, row, first) for row in rows]
+        (_add_bytes if HAS_BYTE_PRODUCT else _add_shorts)(builder, bits, places, inputs_at, sums)
+    group_scales = [builder.inttoptr(address, _SHORT.as_pointer()) for address in scales]
     row_scales = builder.inttoptr(factors, F32.as_pointer())
     for row, totals in enumerate(sums):
         scale = lanes.splat(builder, builder.load(at(builder, row_scales, 2 * row)))
-        for i, total in enumerate(totals):
+        for index, total in enumerate(totals):
+            panel, i = divmod(index, NUM_VECTORS)
             value = builder.fmul(builder.sitofp(total.get(builder), _FLOATS), scale)
             if bits == 4:
-                value = builder.fmul(value, load(builder, at(builder, group_scales, i * LANES), BFLOAT16))
-            place = at(builder, tile, row * PANEL + i * LANES)
+                value = builder.fmul(value, load(builder, at(builder, group_scales[panel], i * LANES), BFLOAT16))
+            place = at(builder, tile, (panel * count + row) * PANEL + i * LANES)
             store(builder, builder.fadd(load(builder, place), value), place)
+
+
+def _add_bytes(builder: Builder, bits: int, places: list[Value], rows: list[Value], sums: list[list[_Sums]]) -> None:
+    """Add a line's products: the high bytes of four inputs, then the low ones, with the same four weights."""
+    vectors = [_load_words(builder, place) for place in places]
+    for part, unpacked in enumerate(_unpacked(builder, vectors, bits)):
+        for row, totals in zip(rows, sums, strict=True):
+            pair = [lanes.splat(builder, builder.load(at(builder, row, 2 * part + i))) for i in range(2)]
+            for vector, total in zip(unpacked, totals, strict=True):
+                for slot, operand in enumerate(pair):
+                    total.add_products(builder, vector, operand, slot)
+
+
+def _add_shorts(builder: Builder, bits: int, places: list[Value], rows: list[Value], sums: list[list[_Sums]]) -> None:
+    """Add a line's products, one word of inputs after another: the sums leave registers for no more than that."""
+    for word, (shift, mask) in enumerate(_SHORT_PIECES[bits]):
+        operands = [lanes.splat(builder, builder.load(at(builder, row, word))) for row in rows]
+        for index, place in enumerate(places):
+            shorts = builder.bitcast(_load_words(builder, place), _PAIRS)
+            if shift:
+                shorts = builder.lshr(shorts, ir.Constant(_PAIRS, [shift] * 2 * LANES))
+            if mask:
+                shorts = builder.and_(shorts, ir.Constant(_PAIRS, [mask] * 2 * LANES))
+            weights = builder.bitcast(shorts, _WORDS)
+            for operand, totals in zip(operands, sums, strict=True):
+                totals[index].add_products(builder, weights, operand)
+
+
+_SHORT_PIECES = {8: ((0, 0xFF), (8, 0)), 4: ((0, 0xF), (8, 0xF), (4, 0xF), (12, 0))}
+"""Of the weights that each word of two inputs is multiplied with: how far to shift int16 to the right, and a mask."""
 
 
 def _load_words(builder: Builder, pointer: Value) -> Value:

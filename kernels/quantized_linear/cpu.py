@@ -15,7 +15,7 @@ import torch
 from quire.kernels.cpu_activation import CODES, NO_ACTIVATION, multiply_row
 from quire.kernels.cpu_elements import float32_pointer, int64_pointer, move, pointer_to, take, write
 from quire.kernels.cpu_epilogue import finish_row
-from quire.kernels.cpu_matrix import PANEL
+from quire.kernels.cpu_matrix import PANEL, panels_together
 from quire.kernels.cpu_quantized import (
     GROUP_BYTES,
     ROWS_PER_TILE,
@@ -103,14 +103,16 @@ def _quantize(shared: Any) -> None:
 
 
 @numba.njit
-def _multiply_tile(parameters, panel, first_row, count, inputs, factors, tile):  # type: ignore[no-untyped-def]
-    """tile[:count] = the sums of a panel for the rows from `first_row`."""
+def _multiply_tile(  # type: ignore[no-untyped-def]
+    parameters, panel, num_panels, first_row, count, inputs, factors, tile
+):
+    """tile[p, row] = the sums of panel `panel` + p for `count` rows from `first_row`; several panels are for all rows."""
     num_rows, num_groups, bits = parameters[NUM_ROWS], parameters[NUM_GROUPS], parameters[BITS]
     depth, group_size, scales = parameters[IN_FEATURES], parameters[GROUP_SIZE], parameters[SCALES]
     features_per_line = 32 // bits
     group_bytes = group_size // features_per_line * PANEL * 4
     weight = parameters[WEIGHT] + panel * parameters[PANEL_BYTES]
-    for i in range(count * PANEL):
+    for i in range(num_panels * count * PANEL):
         tile[i] = 0.0
     for group in range(num_groups):
         size = min(group_size, depth - group * group_size)
@@ -126,11 +128,15 @@ def _multiply_tile(parameters, panel, first_row, count, inputs, factors, tile): 
                 weight + group * group_bytes,
                 row == ROWS_TOGETHER and count > 2 * ROWS_TOGETHER,
                 scales + (panel * num_groups + group) * PANEL * 2,
+                num_panels,
+                parameters[PANEL_BYTES],
+                num_groups * PANEL * 2,
                 move(tile, row * PANEL),
             )
     if bits == 8:
-        for row in range(count):
-            multiply_row(move(tile, row * PANEL), move(float32_pointer(scales), panel * PANEL), PANEL)
+        for line in range(num_panels * count):
+            its_scales = move(float32_pointer(scales), (panel + line // count) * PANEL)
+            multiply_row(move(tile, line * PANEL), its_scales, PANEL)
 
 
 def _prepare_multiply(shared: Any) -> None:
@@ -153,25 +159,31 @@ def _multiply(shared: Any) -> None:
             _quantize_groups(parameters, shared, row, 0, num_groups, inputs, factors)
     tile = new_tile()
     num_blocks = -(-num_rows // ROWS_PER_TILE)
-    num_units = parameters[NUM_PANELS] * num_blocks
+    together = panels_together(num_rows)
+    num_units = -(-parameters[NUM_PANELS] // together) * num_blocks
     unit = take_unit(ranges, num_ranges, thread, num_units)
     while unit < num_units:
-        panel, block = divmod(unit, num_blocks)
-        first_row, first_feature = block * ROWS_PER_TILE, panel * features_per_panel
+        group, block = divmod(unit, num_blocks)
+        first_row = block * ROWS_PER_TILE
         count = min(ROWS_PER_TILE, num_rows - first_row)
-        _multiply_tile(parameters, panel, first_row, count, inputs, factors, tile)
-        for row in range(count):
-            finish_row(
-                shared,
-                move(tile, row * PANEL),
-                parameters[BIAS] + panel * PANEL * 4 if parameters[BIAS] != 0 else 0,
-                parameters[ACTIVATION],
-                gated,
-                parameters[OUT],
-                parameters[OUT_IS_FLOAT32],
-                (first_row + row) * out_features + first_feature,
-                min(features_per_panel, out_features - first_feature),
-            )
+        end = min((group + 1) * together, parameters[NUM_PANELS])
+        step = together if end == (group + 1) * together else 1
+        for first_panel in range(group * together, end, step):
+            _multiply_tile(parameters, first_panel, step, first_row, count, inputs, factors, tile)
+            for line in range(step * count):
+                panel, row = first_panel + line // count, first_row + line % count
+                first_feature = panel * features_per_panel
+                finish_row(
+                    shared,
+                    move(tile, line * PANEL),
+                    parameters[BIAS] + panel * PANEL * 4 if parameters[BIAS] != 0 else 0,
+                    parameters[ACTIVATION],
+                    gated,
+                    parameters[OUT],
+                    parameters[OUT_IS_FLOAT32],
+                    row * out_features + first_feature,
+                    min(features_per_panel, out_features - first_feature),
+                )
         unit = take_unit(ranges, num_ranges, thread, num_units)
 
 

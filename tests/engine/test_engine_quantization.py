@@ -208,6 +208,20 @@ def test_a_processor_without_products_of_bytes_is_warned_of(
         assert len(caplog.records) == num_warnings
 
 
+def test_a_dtype_that_the_processor_does_not_multiply_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cases = {("bfloat16", True): 0, ("bfloat16", False): 1, ("float16", True): 1, ("float32", False): 0}
+    for (name, is_native), num_warnings in cases.items():
+        monkeypatch.setattr(device, "cpu_has_bfloat16", lambda is_native=is_native: is_native)
+        caplog.clear()
+        config = EngineConfig(model="x", dtype=name)  # type: ignore[arg-type]
+        with caplog.at_level(logging.WARNING):
+            assert device.choose_dtype(config, "bfloat16", torch.device("cpu")) == getattr(torch, name)
+        assert len(caplog.records) == num_warnings
+        assert all("--dtype float32 is faster" in record.message for record in caplog.records)
+
+
 def test_a_quantized_checkpoint_and_weights_that_are_not_finite(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
