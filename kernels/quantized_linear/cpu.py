@@ -106,7 +106,7 @@ def _quantize(shared: Any) -> None:
 def _multiply_tile(  # type: ignore[no-untyped-def]
     parameters, panel, num_panels, first_row, count, inputs, factors, tile
 ):
-    """tile[p, row] = the sums of panel `panel` + p for `count` rows from `first_row`; several panels are for all rows."""
+    """tile[p, row] = the sums of panel `panel` + p for `count` rows from `first_row`; several panels: for all rows."""
     num_rows, num_groups, bits = parameters[NUM_ROWS], parameters[NUM_GROUPS], parameters[BITS]
     depth, group_size, scales = parameters[IN_FEATURES], parameters[GROUP_SIZE], parameters[SCALES]
     features_per_line = 32 // bits
