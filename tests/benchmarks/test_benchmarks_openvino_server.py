@@ -67,7 +67,7 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         number = free.getsockname()[1]
     arguments = argparse.Namespace(
-        converted="", model=MODEL_DIR, port=number, threads=1, cache_gib=1, max_batched_tokens=64
+        converted="", model=MODEL_DIR, port=number, threads=1, cache_gib=1, max_batched_tokens=64, precision="bf16"
     )
     front_side, engine_side = socket.socketpair()
     engine = threading.Thread(target=openvino_server.run_engine, args=(arguments, engine_side))
