@@ -214,8 +214,21 @@ def panels_together(num_rows):  # type: ignore[no-untyped-def]
     return 4 if num_rows == 1 else 2
 
 
-_PASSES = [(num_rows, 1) for num_rows in range(1, MAX_ROWS + 1)]
-_PASSES += [(num_rows, panels_together.py_func(num_rows)) for num_rows in (1, 2, 3) if LANES != 16]
+@numba.njit
+def group_of_panels(group, together, num_panels):  # type: ignore[no-untyped-def]
+    """Of panels in groups of `together`: the first of a group, the first behind it, and how many of them are read at
+    once: all, or one after another where the last group is short of some."""
+    first = group * together
+    end = min(first + together, num_panels)
+    return first, end, together if end - first == together else 1
+
+
+_PASSES = [
+    (num_rows, num_panels)
+    for num_rows in range(1, MAX_ROWS + 1)
+    for num_panels in sorted({1, panels_together.py_func(num_rows)})
+]
+"""How many rows and panels one pass may have."""
 
 
 @emitted(nothing)

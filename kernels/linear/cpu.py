@@ -20,7 +20,15 @@ from quire.kernels.cpu_elements import (
     write,
 )
 from quire.kernels.cpu_epilogue import finish_common, finish_row, is_common
-from quire.kernels.cpu_matrix import MAX_PASSES_AHEAD, MAX_ROWS, PANEL, multiply_panels, new_tile, panels_together
+from quire.kernels.cpu_matrix import (
+    MAX_PASSES_AHEAD,
+    MAX_ROWS,
+    PANEL,
+    group_of_panels,
+    multiply_panels,
+    new_tile,
+    panels_together,
+)
 from quire.kernels.cpu_ranges import Panels, enter_ranges, open_ranges, state_bytes, take_unit
 from quire.kernels.cpu_tiles import ROWS_PER_BLOCK, TILE_DEPTH, has_tiles, multiply_block, new_block
 from quire.kernels.cpu_workers import Worker, new_tensor, scratch, thread_number_address
@@ -79,10 +87,10 @@ def _finish_rows(parameters, shared, panel, first_row, count, tile):  # type: ig
 
 
 @numba.njit
-def _multiply_few_rows(parameters, shared, x, weight, first_panel, end, tile):  # type: ignore[no-untyped-def]
-    """All rows, which one pass is enough for, on the panels [first_panel, end): side by side if they are that many."""
+def _multiply_few_rows(parameters, shared, x, weight, group, tile):  # type: ignore[no-untyped-def]
+    """All rows, which one pass is enough for, on a group of panels."""
     num_rows, stride = parameters[NUM_ROWS], parameters[PANEL_STRIDE]
-    step = end - first_panel if end - first_panel == panels_together(num_rows) else 1
+    first_panel, end, step = group_of_panels(group, panels_together(num_rows), parameters[NUM_PANELS])
     for panel in range(first_panel, end, step):
         multiply_panels(
             x,
@@ -126,19 +134,17 @@ def _multiply_unit(parameters, shared, x, weight, unit, following, num_blocks, t
 def _multiply_panels(shared, weight):  # type: ignore[no-untyped-def]
     """As `_multiply`, on `weight`, which may be of another type than the rows."""
     parameters = int64_pointer(shared)
-    num_panels, x, tile = parameters[NUM_PANELS], pointer_to(parameters[X], shared), new_tile()
+    x, tile = pointer_to(parameters[X], shared), new_tile()
     num_blocks = -(-parameters[NUM_ROWS] // _ROWS_PER_UNIT)
     together = panels_together(parameters[NUM_ROWS])
-    num_units = -(-num_panels // together) * num_blocks
+    num_units = -(-parameters[NUM_PANELS] // together) * num_blocks
     ranges, num_ranges = int64_pointer(parameters[RANGES]), parameters[NUM_RANGES]
     thread = enter_ranges(ranges, parameters[THREAD_NUMBER])
     unit = take_unit(ranges, num_ranges, thread, num_units)
     while unit < num_units:
         following = take_unit(ranges, num_ranges, thread, num_units)
         if together > 1:
-            first_panel = unit * together
-            end = min(first_panel + together, num_panels)
-            _multiply_few_rows(parameters, shared, x, weight, first_panel, end, tile)
+            _multiply_few_rows(parameters, shared, x, weight, unit, tile)
         else:
             ahead = following if following < num_units else -1
             _multiply_unit(parameters, shared, x, weight, unit, ahead, num_blocks, tile)
@@ -234,7 +240,7 @@ _TOKENS, _TABLE, _ROWS, _NUM_TOKENS, _DEPTH, _STRIDE = range(1, 7)
 
 
 @numba.njit
-def _embed_singles(shared, table):  # type: ignore[no-untyped-def]
+def _embed_rows(shared, table, is_paired):  # type: ignore[no-untyped-def]
     parameters = int64_pointer(shared)
     tokens, depth, rows = int64_pointer(parameters[_TOKENS]), parameters[_DEPTH], pointer_to(parameters[_ROWS], shared)
     token = take(parameters)
@@ -242,29 +248,21 @@ def _embed_singles(shared, table):  # type: ignore[no-untyped-def]
         panel, column = divmod(tokens[token], PANEL)
         source, target = move(table, panel * parameters[_STRIDE]), move(rows, token * depth)
         for i in range(depth):
-            write(target, i, read(source, i * PANEL + column))
+            place = (i // 2 * PANEL + column) * 2 + i % 2 if is_paired else i * PANEL + column
+            write(target, i, read(source, place))
         token = take(parameters)
 
 
 def _embed(shared: Any) -> None:
-    _embed_singles(shared, pointer_to(int64_pointer(shared)[_TABLE], shared))
+    _embed_rows(shared, pointer_to(int64_pointer(shared)[_TABLE], shared), False)
 
 
 def _embed_float16(shared: Any) -> None:
-    _embed_singles(shared, float16_pointer(int64_pointer(shared)[_TABLE]))
+    _embed_rows(shared, float16_pointer(int64_pointer(shared)[_TABLE]), False)
 
 
 def _embed_bfloat16(shared: Any) -> None:
-    parameters = int64_pointer(shared)
-    tokens, depth, rows = int64_pointer(parameters[_TOKENS]), parameters[_DEPTH], pointer_to(parameters[_ROWS], shared)
-    table = bfloat16_pointer(parameters[_TABLE])
-    token = take(parameters)
-    while token < parameters[_NUM_TOKENS]:
-        panel, column = divmod(tokens[token], PANEL)
-        source, target = move(table, panel * parameters[_STRIDE]), move(rows, token * depth)
-        for i in range(depth):
-            write(target, i, read(source, (i // 2 * PANEL + column) * 2 + i % 2))
-        token = take(parameters)
+    _embed_rows(shared, bfloat16_pointer(int64_pointer(shared)[_TABLE]), True)
 
 
 EMBEDDING_WORKERS = {

@@ -15,7 +15,7 @@ import torch
 from quire.kernels.cpu_activation import CODES, NO_ACTIVATION, multiply_row
 from quire.kernels.cpu_elements import float32_pointer, int64_pointer, move, pointer_to, take, write
 from quire.kernels.cpu_epilogue import finish_row
-from quire.kernels.cpu_matrix import PANEL, panels_together
+from quire.kernels.cpu_matrix import PANEL, group_of_panels, panels_together
 from quire.kernels.cpu_quantized import (
     GROUP_BYTES,
     ROWS_PER_TILE,
@@ -166,12 +166,11 @@ def _multiply(shared: Any) -> None:
         group, block = divmod(unit, num_blocks)
         first_row = block * ROWS_PER_TILE
         count = min(ROWS_PER_TILE, num_rows - first_row)
-        end = min((group + 1) * together, parameters[NUM_PANELS])
-        step = together if end == (group + 1) * together else 1
-        for first_panel in range(group * together, end, step):
-            _multiply_tile(parameters, first_panel, step, first_row, count, inputs, factors, tile)
+        first_panel, end, step = group_of_panels(group, together, parameters[NUM_PANELS])
+        for tile_panel in range(first_panel, end, step):
+            _multiply_tile(parameters, tile_panel, step, first_row, count, inputs, factors, tile)
             for line in range(step * count):
-                panel, row = first_panel + line // count, first_row + line % count
+                panel, row = tile_panel + line // count, first_row + line % count
                 first_feature = panel * features_per_panel
                 finish_row(
                     shared,
