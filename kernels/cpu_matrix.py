@@ -38,9 +38,16 @@ PANEL = _NUM_VECTORS * LANES
 MAX_ROWS = 6
 """Rows that share a pass over a panel: with the panel's vectors their sums fill the registers."""
 
+MAX_PASSES = 16
+"""Over a panel, for a block of rows that is one unit of work."""
 MAX_PASSES_AHEAD = 4
 """Passes over a panel during which another one is brought into the cache, at most: an equal part in each."""
 _MIN_ROWS_AHEAD = 3  # with fewer rows a pass waits for its own panel
+
+NOT_WIDENED, WIDENING, WIDENED = range(3)
+"""What a pass has to do with a part of the panel in float32: nothing, write it on its way, or read it."""
+WIDE_DEPTH = 256 if LANES == 8 else 0
+"""Input features whose weights are kept in the first cache in float32; 0: unmeasured with AVX-512."""
 
 _STEPS_AT_ONCE = 4  # input features, or pairs of them, before a loop counts on
 
@@ -78,6 +85,21 @@ class _Pass:
     """Of each row: the vectors of one panel, then those of the next."""
     ahead: Value
     ahead_step: Value
+    wide: Value | None = None
+    """Where the panel's weights are kept in float32, if they are."""
+
+    def sums_in(self, builder: Builder, tile: Value) -> list[tuple[lanes.Sum, Value]]:
+        """Each sum and its place in the tile."""
+        return [
+            (total, at(builder, tile, (i // _NUM_VECTORS * len(self.rows) + row) * PANEL + i % _NUM_VECTORS * LANES))
+            for row, totals in enumerate(self.sums)
+            for i, total in enumerate(totals)
+        ]
+
+    def take_up(self, builder: Builder, tile: Value) -> None:
+        """Go on with sums that the tile holds."""
+        for total, place in self.sums_in(builder, tile):
+            total.set(builder, load(builder, place))
 
     def lines(self, builder: Builder, index: Value) -> list[Value]:
         """Where each of a row's vectors finds the weights of the input feature, or pair of them, at `index`."""
@@ -85,22 +107,34 @@ class _Pass:
         return [at(builder, line, i * LANES) for line in lines for i in range(_NUM_VECTORS)]
 
     def add_products(
-        self, builder: Builder, index: Value, weights: Callable[[Value], Value], factor: Callable[[Value], Value]
+        self,
+        builder: Builder,
+        index: Value,
+        feature: Value,
+        weights: Callable[[Value], Value],
+        factor: Callable[[Value], Value],
     ) -> None:
         """Add weights(line) * factor(row) to each sum. The order is one that the registers are enough for."""
         lines = self.lines(builder, index)
-        if len(self.panels) == 1:
-            vectors = [weights(line) for line in lines]
+        if len(self.panels) > 1 and len(self.rows) <= 2:
+            factors = [lanes.splat(builder, factor(row)) for row in self.rows]
+            for i, line in enumerate(lines):
+                vector = weights(line)
+                for splat, totals in zip(factors, self.sums, strict=True):
+                    totals[i].add_product(builder, splat, vector)
+            return
+        for first in range(0, len(lines), _NUM_VECTORS):
+            vectors = [weights(line) for line in lines[first : first + _NUM_VECTORS]]
+            if self.wide is not None:
+                kept = row_at(builder, self.wide, feature, integer(PANEL))
+                for i, vector in enumerate(vectors):
+                    store(builder, vector, at(builder, kept, i * LANES))
             for row, totals in zip(self.rows, self.sums, strict=True):
                 splat = lanes.splat(builder, factor(row))
-                for vector, total in zip(vectors, totals, strict=True):
-                    total.add_product(builder, splat, vector)
-            return
-        factors = [lanes.splat(builder, factor(row)) for row in self.rows]
-        for i, line in enumerate(lines):
-            vector = weights(line)
-            for splat, totals in zip(factors, self.sums, strict=True):
-                totals[i].add_product(builder, splat, vector)
+                for i, vector in enumerate(vectors):
+                    totals[first + i].add_product(builder, splat, vector)
+            if first + _NUM_VECTORS < len(lines):
+                _load_afresh(builder)
 
     def ask_ahead(self, builder: Builder, first_pair: Value, num_pairs: int) -> None:
         if len(self.rows) < _MIN_ROWS_AHEAD or len(self.panels) > 1:
@@ -141,6 +175,7 @@ def _emit_widened_pairs(builder: Builder, work: _Pass) -> None:
         work.add_products(
             builder,
             pair,
+            feature,
             lambda line: half(builder, _load_words(builder, line)),
             lambda row: builder.load(at(builder, row, feature)),
         )
@@ -165,12 +200,15 @@ def _load_words(builder: Builder, pointer: Value) -> Value:
     return builder.load(builder.bitcast(pointer, _WORDS.as_pointer()), align=4)
 
 
-def _emit_singles(builder: Builder, work: _Pass, kind: types.Type, weight_kind: types.Type) -> None:
+def _emit_singles(builder: Builder, work: _Pass, kind: types.Type, weight_kind: types.Type, *, asks: bool) -> None:
     def add_features(first: Value, count: int) -> None:
+        if asks and count > 1:
+            work.ask_ahead(builder, builder.lshr(first, integer(1)), count // 2)
         for index in range(count):
             feature = builder.add(first, integer(index))
             work.add_products(
                 builder,
+                feature,
                 feature,
                 lambda line: load(builder, line, weight_kind),
                 lambda row, feature=feature: widen(builder, builder.load(at(builder, row, feature)), kind),  # type: ignore[misc]
@@ -223,12 +261,14 @@ def group_of_panels(group, together, num_panels):  # type: ignore[no-untyped-def
     return first, end, together if end - first == together else 1
 
 
-_PASSES = [
-    (num_rows, num_panels)
-    for num_rows in range(1, MAX_ROWS + 1)
-    for num_panels in sorted({1, panels_together.py_func(num_rows)})
-]
-"""How many rows and panels one pass may have."""
+def _passes(is_widening: bool) -> list[tuple[int, int, int]]:
+    """How many rows and panels one pass may have, and what it may do with the panel in float32."""
+    rows = range(1, MAX_ROWS + 1)
+    passes = [(count, num, NOT_WIDENED) for count in rows for num in sorted({1, panels_together.py_func(count)})]
+    if is_widening and WIDE_DEPTH > 0:
+        # One of several that are as even as can be.
+        passes += [(count, 1, use) for use in (WIDENING, WIDENED) for count in rows if count >= MAX_ROWS // 2]
+    return passes
 
 
 @emitted(nothing)
@@ -245,6 +285,9 @@ def multiply_panels(
     tile: Value,
     ahead: Value,
     ahead_step: Value,
+    wide: Value,
+    use_of_wide: Value,
+    goes_on: Value,
 ) -> None:
     """tile[p, row, :] = x[row, :depth] @ panel p, for up to MAX_ROWS rows and one panel or `panels_together` of them;
     tile is float32 [num_panels, num_rows, PANEL], of MAX_ROWS * PANEL elements at most.
@@ -253,36 +296,53 @@ def multiply_panels(
     PANEL; 0 for none. That is for bfloat16: reading a panel takes as long as three or four passes over it, and what
     is not asked for early is waited for in the first one. (Into the second level: in the first they would drive out
     the rows.) The memory is to be busy all the while, so as many passes as that bring the next panel, in equal parts.
+
+    float32 rows on weights of 16 bits: one of several passes over a part of a panel may be WIDENING, which keeps the
+    weights as float32 [depth, PANEL] in `wide`, and those behind it WIDENED. If it `goes_on`, such a pass adds to the
+    sums in the tile. The products and their order are the same.
     """
     kind, weight_kind = kinds[0].dtype, kinds[3].dtype
-    is_pairs = weight_kind == BFLOAT16
-    for row_count, panel_count in _PASSES:
+    for row_count, panel_count, use in _passes(kind != weight_kind):
         is_this = builder.icmp_signed("==", num_rows, integer(row_count))
         is_this = builder.and_(is_this, builder.icmp_signed("==", num_panels, integer(panel_count)))
+        is_this = builder.and_(is_this, builder.icmp_signed("==", use_of_wide, integer(use)))
         with builder.if_then(is_this):
             panels = [row_at(builder, panel, index, panel_stride) for index in range(panel_count)]
             rows = [row_at(builder, x, row, x_stride) for row in range(row_count)]
+            its_kind = weight_kind
+            if use == WIDENED:
+                panels, its_kind = [wide], types.float32
+            elif weight_kind == BFLOAT16:
+                panels = [builder.bitcast(p, I32.as_pointer()) for p in panels]
             work = _Pass(
                 rows=rows if kind == BFLOAT16 else [_own_register(builder, row) for row in rows],
-                panels=[builder.bitcast(p, I32.as_pointer()) for p in panels] if is_pairs else panels,
+                panels=panels,
                 depth=depth,
                 sums=[[lanes.Sum(builder) for _ in range(panel_count * _NUM_VECTORS)] for _ in range(row_count)],
                 ahead=ahead,
                 ahead_step=ahead_step,
+                wide=wide if use == WIDENING else None,
             )
-            if not is_pairs:
-                _emit_singles(builder, work, kind, weight_kind)
+            if use != NOT_WIDENED:
+                with builder.if_then(builder.icmp_signed("!=", goes_on, integer(0))):
+                    work.take_up(builder, tile)
+            if its_kind != BFLOAT16:
+                _emit_singles(builder, work, kind, its_kind, asks=use == WIDENED)
             elif kind == BFLOAT16:
                 _emit_pairs(builder, work)
             else:
                 _emit_widened_pairs(builder, work)
-            for row, totals in enumerate(work.sums):
-                for i, total in enumerate(totals):
-                    line = i // _NUM_VECTORS * row_count + row
-                    store(builder, total.get(builder), at(builder, tile, line * PANEL + i % _NUM_VECTORS * LANES))
+            for total, place in work.sums_in(builder, tile):
+                store(builder, total.get(builder), place)
 
 
 @emitted(lambda: types.CPointer(types.float32))
 def new_tile(builder: Builder, kinds: Kinds) -> Value:
-    """Room on the stack for a tile, good until the function returns."""
-    return cgutils.alloca_once(builder, F32, size=MAX_ROWS * PANEL)
+    """Room on the stack for the tiles of MAX_PASSES passes, good until the function returns."""
+    return cgutils.alloca_once(builder, F32, size=MAX_PASSES * MAX_ROWS * PANEL)
+
+
+@emitted(lambda: types.CPointer(types.float32))
+def new_wide(builder: Builder, kinds: Kinds) -> Value:
+    """Room on the stack for WIDE_DEPTH lines of a panel in float32, good until the function returns."""
+    return cgutils.alloca_once(builder, F32, size=max(1, WIDE_DEPTH) * PANEL)

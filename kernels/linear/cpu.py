@@ -21,12 +21,18 @@ from quire.kernels.cpu_elements import (
 )
 from quire.kernels.cpu_epilogue import finish_common, finish_row, is_common
 from quire.kernels.cpu_matrix import (
+    MAX_PASSES,
     MAX_PASSES_AHEAD,
     MAX_ROWS,
+    NOT_WIDENED,
     PANEL,
+    WIDE_DEPTH,
+    WIDENED,
+    WIDENING,
     group_of_panels,
     multiply_panels,
     new_tile,
+    new_wide,
     panels_together,
 )
 from quire.kernels.cpu_ranges import Panels, enter_ranges, open_ranges, state_bytes, take_unit
@@ -36,7 +42,7 @@ from quire.kernels.cpu_workers import Worker, new_tensor, scratch, thread_number
 if TYPE_CHECKING:
     from quire.kernels.linear import Activation, PackedWeight
 
-_ROWS_PER_UNIT = 16 * MAX_ROWS
+_ROWS_PER_UNIT = MAX_PASSES * MAX_ROWS
 _MIN_PRODUCTS = 65536  # multiplications that are worth a second thread
 
 # A call's parameters: their places in the int64 array that its threads share. Strides are in elements.
@@ -103,38 +109,70 @@ def _multiply_few_rows(parameters, shared, x, weight, group, tile):  # type: ign
             tile,
             weight,
             0,
+            tile,
+            NOT_WIDENED,
+            0,
         )
         for i in range(step):
             _finish_rows(parameters, shared, panel + i, 0, num_rows, move(tile, i * num_rows * PANEL))
 
 
 @numba.njit
-def _multiply_unit(parameters, shared, x, weight, unit, following, num_blocks, tile):  # type: ignore[no-untyped-def]
-    """A block of rows on a panel, in passes, while the panel of the unit `following` is brought; < 0: there is none."""
+def _multiply_unit(  # type: ignore[no-untyped-def]
+    parameters, shared, x, weight, unit, following, num_blocks, tile, wide, widens
+):
+    """A block of rows on a panel, in passes, while the panel of the unit `following` is brought; < 0: there is none.
+
+    If it `widens`, all passes go over one part of the panel after another, which the first of them widens.
+    """
     depth, x_stride, stride = parameters[IN_FEATURES], parameters[X_STRIDE], parameters[PANEL_STRIDE]
     panel, block = divmod(unit, num_blocks)
-    row, end = block * _ROWS_PER_UNIT, min((block + 1) * _ROWS_PER_UNIT, parameters[NUM_ROWS])
-    num_passes = -(-(end - row) // MAX_ROWS)
+    first_row, end = block * _ROWS_PER_UNIT, min((block + 1) * _ROWS_PER_UNIT, parameters[NUM_ROWS])
+    num_passes = -(-(end - first_row) // MAX_ROWS)
     panel_weight = move(weight, panel * stride)
     next_panel = move(weight, following // num_blocks * stride)
     passes_ahead = min(num_passes, MAX_PASSES_AHEAD) if following >= 0 and num_passes > 1 else 0
     part = -(-2 * PANEL // max(passes_ahead, 1))  # of the next panel, for each pair of input features
-    while row < end:
-        count = -(-(end - row) // num_passes)  # as even as can be
-        ahead, step = panel_weight, 0
-        if num_passes <= passes_ahead:
-            ahead, step = move(next_panel, (passes_ahead - num_passes) * part * (depth // 2)), part
-        multiply_panels(move(x, row * x_stride), x_stride, count, panel_weight, stride, 1, depth, tile, ahead, step)
-        _finish_rows(parameters, shared, panel, row, count, tile)
-        row += count
-        num_passes -= 1
+    in_parts = widens and num_passes > 1
+    depth_at_once = WIDE_DEPTH if in_parts else depth
+    for first in range(0, depth, max(1, depth_at_once)):
+        row, passes_left = first_row, num_passes
+        while row < end:
+            count = -(-(end - row) // passes_left)  # as even as can be
+            ahead, step = panel_weight, 0
+            if passes_left <= passes_ahead:
+                pairs_before = (passes_ahead - passes_left) * (depth // 2) + first // 2
+                ahead, step = move(next_panel, pairs_before * part), part
+            use_of_wide, its_tile = NOT_WIDENED, tile
+            if in_parts:
+                use_of_wide = WIDENING if row == first_row else WIDENED
+                its_tile = move(tile, (row - first_row) * PANEL)
+            multiply_panels(
+                move(x, row * x_stride + first),
+                x_stride,
+                count,
+                move(panel_weight, first * PANEL),
+                stride,
+                1,
+                min(depth_at_once, depth - first),
+                its_tile,
+                ahead,
+                step,
+                wide,
+                use_of_wide,
+                first,
+            )
+            if first + depth_at_once >= depth:
+                _finish_rows(parameters, shared, panel, row, count, its_tile)
+            row += count
+            passes_left -= 1
 
 
 @numba.njit
-def _multiply_panels(shared, weight):  # type: ignore[no-untyped-def]
+def _multiply_panels(shared, weight, widens):  # type: ignore[no-untyped-def]
     """As `_multiply`, on `weight`, which may be of another type than the rows."""
     parameters = int64_pointer(shared)
-    x, tile = pointer_to(parameters[X], shared), new_tile()
+    x, tile, wide = pointer_to(parameters[X], shared), new_tile(), new_wide()
     num_blocks = -(-parameters[NUM_ROWS] // _ROWS_PER_UNIT)
     together = panels_together(parameters[NUM_ROWS])
     num_units = -(-parameters[NUM_PANELS] // together) * num_blocks
@@ -147,20 +185,20 @@ def _multiply_panels(shared, weight):  # type: ignore[no-untyped-def]
             _multiply_few_rows(parameters, shared, x, weight, unit, tile)
         else:
             ahead = following if following < num_units else -1
-            _multiply_unit(parameters, shared, x, weight, unit, ahead, num_blocks, tile)
+            _multiply_unit(parameters, shared, x, weight, unit, ahead, num_blocks, tile, wide, widens)
         unit = following
 
 
 def _multiply(shared: Any) -> None:
-    _multiply_panels(shared, pointer_to(int64_pointer(shared)[WEIGHT], shared))
+    _multiply_panels(shared, pointer_to(int64_pointer(shared)[WEIGHT], shared), False)
 
 
 def _multiply_bfloat16(shared: Any) -> None:
-    _multiply_panels(shared, bfloat16_pointer(int64_pointer(shared)[WEIGHT]))
+    _multiply_panels(shared, bfloat16_pointer(int64_pointer(shared)[WEIGHT]), WIDE_DEPTH > 0)
 
 
 def _multiply_float16(shared: Any) -> None:
-    _multiply_panels(shared, float16_pointer(int64_pointer(shared)[WEIGHT]))
+    _multiply_panels(shared, float16_pointer(int64_pointer(shared)[WEIGHT]), WIDE_DEPTH > 0)
 
 
 def _multiply_tiles(shared: Any) -> None:

@@ -65,7 +65,7 @@ def test_is_the_product(shape: tuple[int, int, int], gated: bool, dtype: torch.d
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 512, 40), (101, 517, 70)], ids=str)
 def test_float32_rows_on_narrow_weights_are_as_on_wide_ones(
     shape: tuple[int, int, int], gated: bool, dtype: torch.dtype
 ) -> None:
@@ -88,10 +88,12 @@ def test_activations_at_every_magnitude(activation: Activation) -> None:
     torch.testing.assert_close(found.double(), activated(x.double(), activation), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("row_dtype", [None, torch.float32], ids=["as the weight", "float32"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_threads", [1, 2])
-def test_a_row_is_the_same_in_every_batch(dtype: torch.dtype, num_threads: int) -> None:
-    x, weight, bias = problem(101, 96, 130, dtype)
+def test_a_row_is_the_same_in_every_batch(dtype: torch.dtype, row_dtype: torch.dtype | None, num_threads: int) -> None:
+    x, weight, bias = problem(101, 300, 130, dtype)
+    x = x.to(row_dtype or dtype)
     packed, packed_bias = pack(weight, gated=True), pack_bias(bias, gated=True)
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
