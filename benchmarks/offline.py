@@ -268,7 +268,8 @@ def main() -> None:
     dtype = DTYPES[info.dtype]
     measured = rates.measure(arguments.threads, dtype, torch.device(info.device), seconds=0.3)
     best = MachineRates(float(str(measured["read_bytes_per_s"])), float(str(measured["operations_per_s"])))
-    cost = ModelCost.of(arguments.model, dtype.itemsize, quantization=arguments.quantization)
+    kv_item_bytes = DTYPES[info.kv_cache_dtype].itemsize
+    cost = ModelCost.of(arguments.model, dtype.itemsize, kv_item_bytes, arguments.quantization)
     text = (
         f"{arguments.model.name}, {arguments.quantization or info.dtype}, {arguments.threads} threads; floor at "
         f"{best.read_bytes_per_s / 1e9:.1f} GB/s read and {best.operations_per_s / 1e9:.0f} GFLOP/s.\n\n"

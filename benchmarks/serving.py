@@ -114,7 +114,7 @@ def report(
     arguments: argparse.Namespace,
 ) -> None:
     dtype = str(comparison.rates[0]["dtype"])
-    cost = ModelCost.of(arguments.model, ITEM_BYTES[dtype])
+    cost = ModelCost.of(arguments.model, ITEM_BYTES[dtype], ITEM_BYTES[str(comparison.rates[0]["kv_cache_dtype"])])
     rates = comparison.best_rates()
     ideals = comparison.ideals(cost)
     by_load = comparison.by_load()

@@ -123,9 +123,13 @@ def cpu_has_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags
 
 
-def choose_kv_cache_dtype(config: EngineConfig, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+def choose_kv_cache_dtype(
+    config: EngineConfig, checkpoint_dtype: str, dtype: torch.dtype, device: torch.device
+) -> torch.dtype:
+    """`auto`: the model's dtype; where float32 is but what this processor computes in, the checkpoint's 16 bits."""
     if config.kv_cache_dtype == "auto":
-        return dtype
+        is_stand_in = device.type == "cpu" and config.dtype == "auto" and dtype == torch.float32
+        return DTYPES.get(checkpoint_dtype, dtype) if is_stand_in else dtype
     if config.kv_cache_dtype == "int8":
         return torch.int8
     fp8 = None if device.type == "cpu" else current_target(device).fp8

@@ -107,7 +107,7 @@ class Engine:
             max_num_seqs=max_num_seqs,
             step_budget=step_budget,
         )
-        kv_dtype = choose_kv_cache_dtype(config, dtype, device)
+        kv_dtype = choose_kv_cache_dtype(config, model_config.checkpoint_dtype, dtype, device)
         max_logprobs = min(config.max_logprobs, model_config.vocab_size)
         self._kv = KVStorage(
             model_config, budget.num_blocks, config.block_size, kv_dtype, device, max_logprobs=max_logprobs

@@ -45,7 +45,7 @@ def plan_memory(
         ConfigError: the pool would be empty, or too small for the `max_model_len` that was asked for.
     """
     log_prob_bytes = log_prob_bytes_per_block(config.block_size, min(config.max_logprobs, model_config.vocab_size))
-    kv_dtype = choose_kv_cache_dtype(config, dtype, device)
+    kv_dtype = choose_kv_cache_dtype(config, model_config.checkpoint_dtype, dtype, device)
     kv_bytes = bytes_per_block(model_config, config.block_size, kv_dtype)
     block_bytes = kv_bytes + (log_prob_bytes if device.type == "cpu" else 0)  # they are on the host
     wanted_len = config.max_model_len or model_config.max_position_embeddings

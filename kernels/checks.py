@@ -42,6 +42,14 @@ def check_caches(k_cache: torch.Tensor, v_cache: torch.Tensor, num_kv_heads: int
     )
 
 
+def check_page_dtype(k_cache: torch.Tensor, dtype: torch.dtype, body: Body) -> None:
+    """A cache in `dtype`, of what it is used with; on a CPU one of 16 bits under float32."""
+    is_narrow = body != "triton" and dtype == torch.float32 and k_cache.dtype in (torch.bfloat16, torch.float16)
+    require(
+        k_cache.dtype == dtype or is_narrow, f"the cache must have the dtype of what it is used with, {dtype}", k_cache
+    )
+
+
 def check_scales(
     k_cache: torch.Tensor, k_scales: torch.Tensor | None, v_scales: torch.Tensor | None, dtype: torch.dtype, body: Body
 ) -> None:
@@ -49,7 +57,7 @@ def check_scales(
     if k_scales is None or v_scales is None:
         require(k_scales is None and v_scales is None, "scales come for both k_cache and v_cache, or for neither")
         require(k_cache.dtype not in LARGEST_CODE, "a cache of codes needs k_scales and v_scales", k_cache)
-        require(k_cache.dtype == dtype, f"the cache must have the dtype of what it is used with, {dtype}", k_cache)
+        check_page_dtype(k_cache, dtype, body)
         return
     require(k_cache.dtype in LARGEST_CODE, "only a cache of int8 or fp8 codes has scales", k_cache)
     require(body != "cpu" or k_cache.dtype == torch.int8, "fp8 pages are for GPUs; use int8 ones on a CPU", k_cache)

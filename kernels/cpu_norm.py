@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from numba import types
+from numba.core import cgutils
 
 from quire.kernels import cpu_lanes as lanes
-from quire.kernels.cpu_elements import Builder, Kinds, Value, emitted, nothing
+from quire.kernels.cpu_elements import I64, Builder, Kinds, Value, emitted, nothing
 from quire.kernels.cpu_lanes import LANES, at, load, store_rounded
 
 _NUM_SUMS = 4  # an addition waits for the one before it
@@ -59,6 +60,22 @@ def scale_row(
     lanes.over_dims(builder, count, 1, block)
 
 
+@emitted(nothing)
+def copy_row(builder: Builder, kinds: Kinds, row: Value, target: Value, count: Value) -> None:
+    """target[i] = row[i] for `count` elements, rounded if they are of another type."""
+    kind, target_kind = kinds[0].dtype, kinds[1].dtype
+    if kind == target_kind:
+        with cgutils.for_range(builder, count, intp=I64) as loop:
+            builder.store(builder.load(at(builder, row, loop.index)), at(builder, target, loop.index))
+        return
+
+    def block(first: Value, _: int, mask: Value | None) -> None:
+        vector = load(builder, at(builder, row, first), kind, mask)
+        store_rounded(builder, vector, at(builder, target, first), target_kind, mask)
+
+    lanes.over_dims(builder, count, 1, block)
+
+
 def _rotation(is_scaled: bool) -> Any:
     @emitted(nothing)
     def rotate(
@@ -72,7 +89,7 @@ def _rotation(is_scaled: bool) -> Any:
         factor: Value,
         weight: Value,
     ) -> None:
-        kind, factor = kinds[0].dtype, lanes.splat(builder, factor)
+        kind, target_kind, factor = kinds[0].dtype, kinds[1].dtype, lanes.splat(builder, factor)
 
         def take(first: Value, mask: Value | None) -> Value:
             vector = load(builder, at(builder, row, first), kind, mask)
@@ -86,9 +103,9 @@ def _rotation(is_scaled: bool) -> Any:
             x, y = take(first, mask), take(second, mask)
             c, s = (load(builder, at(builder, table, first), mask=mask) for table in (cos, sin))
             turned = builder.fsub(builder.fmul(x, c), builder.fmul(y, s))
-            store_rounded(builder, turned, at(builder, target, first), kind, mask)
+            store_rounded(builder, turned, at(builder, target, first), target_kind, mask)
             turned = builder.fadd(builder.fmul(y, c), builder.fmul(x, s))
-            store_rounded(builder, turned, at(builder, target, second), kind, mask)
+            store_rounded(builder, turned, at(builder, target, second), target_kind, mask)
 
         lanes.over_dims(builder, half, 1, block)
 
@@ -96,5 +113,6 @@ def _rotation(is_scaled: bool) -> Any:
 
 
 # target[i], target[half + i] = the pair (row[i], row[half + i]) turned by the angle i, for `half` pairs; target may be
-# the row. `rotate_scaled` first multiplies the row by factor and weight; `rotate` makes nothing of them.
+# the row, or of another type. `rotate_scaled` first multiplies the row by factor and weight; `rotate` makes nothing of
+# them.
 rotate, rotate_scaled = _rotation(False), _rotation(True)

@@ -70,7 +70,8 @@ class EngineConfig:
     dtype: DType = "auto"
     device: Device = "auto"
     kv_cache_dtype: KVCacheDType = "auto"
-    """Of the KV-cache's pages: the model's dtype, or int8 or fp8 with a scale for each token and head."""
+    """Of the KV-cache's pages: int8 or fp8 with a scale for each token and head. `auto` is the model's dtype; where a
+    CPU without bfloat16 has chosen float32 to compute in (`dtype` is `auto` too), it is the checkpoint's."""
     quantization: Quantization | None = None
     """To what weights are rounded at load: on a CPU int8 or int4, embedding and head always to int8; on a GPU fp8,
     without embedding and head."""

@@ -116,7 +116,8 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "int8", "fp8"),
         default="auto",
         help="int8: a byte for each number and a scale for each token and head, about half the memory of bfloat16; "
-        "fp8: as much, as e4m3, on GPUs that have it (default: %(default)s, the model's dtype)",
+        "fp8: as much, as e4m3, on GPUs that have it (default: %(default)s, the model's dtype; if --dtype auto "
+        "computes in float32 for want of bfloat16, the checkpoint's)",
     )
     memory.add_argument(
         "--gpu-memory-utilization",

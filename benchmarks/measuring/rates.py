@@ -115,7 +115,7 @@ def measure(num_threads: int, dtype: torch.dtype, device: torch.device, seconds:
 
 def main() -> None:
     from quire.config import EngineConfig
-    from quire.engine.device import choose_device, choose_dtype
+    from quire.engine.device import choose_device, choose_dtype, choose_kv_cache_dtype, dtype_name
     from quire.models.config import ModelConfig
 
     parser = argparse.ArgumentParser(
@@ -130,9 +130,12 @@ def main() -> None:
     arguments = parser.parse_args()
     config = EngineConfig(model=arguments.model, dtype=arguments.dtype)
     device = choose_device(config)
-    dtype = choose_dtype(config, ModelConfig.from_hf(arguments.model).checkpoint_dtype, device)
+    stored = ModelConfig.from_hf(arguments.model).checkpoint_dtype
+    dtype = choose_dtype(config, stored, device)
+    kv_cache_dtype = dtype_name(choose_kv_cache_dtype(config, stored, dtype, device))
     with torch.inference_mode():
-        print(json.dumps(measure(arguments.threads, dtype, device, arguments.seconds)))
+        measured = measure(arguments.threads, dtype, device, arguments.seconds)
+    print(json.dumps({**measured, "kv_cache_dtype": kv_cache_dtype}))
 
 
 if __name__ == "__main__":

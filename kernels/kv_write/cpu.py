@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 
-from quire.kernels.cpu_elements import bfloat16_pointer, int8_pointer, int64_pointer, move, pointer_to, take, write
+from quire.kernels.cpu_elements import (
+    bfloat16_pointer,
+    float16_pointer,
+    float32_pointer,
+    int8_pointer,
+    int64_pointer,
+    move,
+    pointer_to,
+    take,
+    write,
+)
+from quire.kernels.cpu_norm import copy_row
 from quire.kernels.cpu_quantization import store_codes
 from quire.kernels.cpu_workers import Worker, row_threads
 
@@ -38,12 +50,14 @@ _TOKENS_PER_UNIT = 4
 ) = range(20)
 
 
-def _write(shared: Any) -> None:
+@numba.njit
+def _write_rows(shared, page):  # type: ignore[no-untyped-def]
+    """`shared` points to elements of the keys' dtype, `page` to such as the cache holds."""
     parameters = int64_pointer(shared)
     num_tokens, head_dim, block_size = parameters[NUM_TOKENS], parameters[HEAD_DIM], parameters[BLOCK_SIZE]
     slots = int64_pointer(parameters[SLOTS])
     key, value = pointer_to(parameters[KEY], shared), pointer_to(parameters[VALUE], shared)
-    k_cache, v_cache = pointer_to(parameters[K_CACHE], shared), pointer_to(parameters[V_CACHE], shared)
+    k_cache, v_cache = pointer_to(parameters[K_CACHE], page), pointer_to(parameters[V_CACHE], page)
     first_token = take(parameters) * _TOKENS_PER_UNIT
     while first_token < num_tokens:
         for token in range(first_token, min(first_token + _TOKENS_PER_UNIT, num_tokens)):
@@ -52,11 +66,8 @@ def _write(shared: Any) -> None:
                 target = block * parameters[BLOCK_STRIDE] + head * parameters[HEAD_STRIDE] + offset * head_dim
                 keys = move(key, token * parameters[KEY_STRIDE] + head * parameters[KEY_HEAD_STRIDE])
                 values = move(value, token * parameters[VALUE_STRIDE] + head * parameters[VALUE_HEAD_STRIDE])
-                cached_keys, cached_values = move(k_cache, target), move(v_cache, target)
-                for i in range(head_dim):
-                    cached_keys[i] = keys[i]
-                for i in range(head_dim):
-                    cached_values[i] = values[i]
+                copy_row(keys, move(k_cache, target), head_dim)
+                copy_row(values, move(v_cache, target), head_dim)
         first_token = take(parameters) * _TOKENS_PER_UNIT
 
 
@@ -81,8 +92,30 @@ def _write_codes(shared: Any) -> None:
         first_token = take(parameters) * _TOKENS_PER_UNIT
 
 
+def _write(shared: Any) -> None:
+    _write_rows(shared, shared)
+
+
+def _write_float32(shared: Any) -> None:
+    _write_rows(shared, float32_pointer(shared))
+
+
+def _write_bfloat16(shared: Any) -> None:
+    _write_rows(shared, bfloat16_pointer(shared))
+
+
+def _write_float16(shared: Any) -> None:
+    _write_rows(shared, float16_pointer(shared))
+
+
 WORKER = Worker(_write)
-CODES_WORKER = Worker(_write_codes)
+PAGE_WORKERS = {
+    torch.int8: Worker(_write_codes),
+    torch.float32: Worker(_write_float32),
+    torch.bfloat16: Worker(_write_bfloat16),
+    torch.float16: Worker(_write_float16),
+}
+"""For pages of another dtype than the keys'."""
 
 
 def kv_write(
@@ -94,8 +127,6 @@ def kv_write(
     k_scales: torch.Tensor | None = None,
     v_scales: torch.Tensor | None = None,
 ) -> None:
-    if k_scales is None and key.dtype != k_cache.dtype:
-        key, value = key.to(k_cache.dtype), value.to(k_cache.dtype)
     num_tokens, num_kv_heads, head_dim = key.shape
     parameters = np.array(
         [
@@ -107,5 +138,5 @@ def kv_write(
         ],
         np.int64,
     )
-    worker = WORKER if k_scales is None else CODES_WORKER
+    worker = WORKER if k_cache.dtype == key.dtype else PAGE_WORKERS[k_cache.dtype]
     worker.run(key.dtype, parameters, row_threads(2 * num_tokens * num_kv_heads * head_dim))

@@ -29,8 +29,8 @@ def paged_decode(
 
     Args:
         query: [S, Hq, D]; float32, float16 or bfloat16, any D. The last dimension is contiguous.
-        k_cache: [num_blocks, Hk, block_size, D] in query's dtype, or int8 or (on GPUs) fp8 with scales; a block
-            of one head is contiguous. Hk divides Hq.
+        k_cache: [num_blocks, Hk, block_size, D] in query's dtype, on CPUs also in 16 bits for a query in float32, or
+            int8 or (on GPUs) fp8 with scales; a block of one head is contiguous. Hk divides Hq.
         v_cache: like k_cache, with the same strides.
         block_tables: [S, M] int32, rows contiguous: the ids of a sequence's blocks in order. Entries past its length,
             and those that a sliding window has left behind, are never followed: they may be 0 or stale.

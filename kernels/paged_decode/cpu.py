@@ -12,6 +12,7 @@ from quire.kernels import cpu_attention as call
 from quire.kernels import cpu_vector as vector
 from quire.kernels.cpu_elements import (
     bfloat16_pointer,
+    float16_pointer,
     float32_pointer,
     int8_pointer,
     int32_pointer,
@@ -308,8 +309,21 @@ def _attend_codes(shared: Any) -> None:
     _share_out(shared, int8_pointer(shared))
 
 
+def _attend_bfloat16(shared: Any) -> None:
+    _share_out(shared, bfloat16_pointer(shared))
+
+
+def _attend_float16(shared: Any) -> None:
+    _share_out(shared, float16_pointer(shared))
+
+
 WORKER = Worker(_attend, _prepare)
-CODES_WORKER = Worker(_attend_codes, _prepare)
+PAGE_WORKERS = {
+    torch.int8: Worker(_attend_codes, _prepare),
+    torch.bfloat16: Worker(_attend_bfloat16, _prepare),
+    torch.float16: Worker(_attend_float16, _prepare),
+}
+"""For pages of another dtype than the query's."""
 
 
 def paged_decode(
@@ -348,6 +362,6 @@ def paged_decode(
         query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out, k_scales, v_scales
     )
     own = (num_threads, chunk_size, 0, 0, first_units, first_partials, finished, partials, memory, scratch_size)
-    worker = WORKER if k_scales is None else CODES_WORKER
+    worker = WORKER if k_cache.dtype == query.dtype else PAGE_WORKERS[k_cache.dtype]
     worker.run(query.dtype, np.array([*common, *own], np.int64), num_threads)
     return out

@@ -11,7 +11,16 @@ import torch
 from quire.kernels import cpu_attention as call
 from quire.kernels import cpu_elements as elements
 from quire.kernels import cpu_vector as vector
-from quire.kernels.cpu_elements import float32_pointer, int8_pointer, int32_pointer, int64_pointer, move, pointer_to
+from quire.kernels.cpu_elements import (
+    bfloat16_pointer,
+    float16_pointer,
+    float32_pointer,
+    int8_pointer,
+    int32_pointer,
+    int64_pointer,
+    move,
+    pointer_to,
+)
 from quire.kernels.cpu_lanes import LANES, LOWEST, padded
 from quire.kernels.cpu_tiles import has_tiles
 from quire.kernels.cpu_workers import Worker, new_tensor, scratch
@@ -204,6 +213,14 @@ def _attend_codes(shared: Any) -> None:
     _share_out(shared, int8_pointer(shared), _attend_tile)
 
 
+def _attend_bfloat16(shared: Any) -> None:
+    _share_out(shared, bfloat16_pointer(shared), _attend_tile)
+
+
+def _attend_float16(shared: Any) -> None:
+    _share_out(shared, float16_pointer(shared), _attend_tile)
+
+
 def _attend_in_tiles(shared: Any) -> None:
     _share_out(shared, shared, attend_in_tiles)
 
@@ -236,7 +253,12 @@ def _prepare(shared: Any) -> None:
 
 
 WORKER = Worker(_attend, _prepare)
-CODES_WORKER = Worker(_attend_codes, _prepare)
+PAGE_WORKERS = {
+    torch.int8: Worker(_attend_codes, _prepare),
+    torch.bfloat16: Worker(_attend_bfloat16, _prepare),
+    torch.float16: Worker(_attend_float16, _prepare),
+}
+"""For pages of another dtype than the query's."""
 TILES_WORKER = Worker(_attend_in_tiles, _prepare)
 CODES_TILES_WORKER = Worker(_attend_codes_in_tiles, _prepare)
 
@@ -270,7 +292,9 @@ def paged_prefill(
         query, k_cache, v_cache, block_tables, seq_lens, scale, sliding_window, out, k_scales, v_scales
     )
     own = (query_start.data_ptr(), 0, max_tokens_per_tile, num_threads, memory, scratch_size)
-    workers = (TILES_WORKER, CODES_TILES_WORKER) if in_tiles else (WORKER, CODES_WORKER)
-    worker = workers[k_scales is not None]
+    if in_tiles:
+        worker = TILES_WORKER if k_scales is None else CODES_TILES_WORKER
+    else:
+        worker = WORKER if k_cache.dtype == query.dtype else PAGE_WORKERS[k_cache.dtype]
     worker.run(query.dtype, np.array([*common, *own], np.int64), num_threads)
     return out

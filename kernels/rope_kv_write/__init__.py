@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from quire.kernels.backend import Backend, choose_body
-from quire.kernels.checks import check_caches, check_dtype, require
+from quire.kernels.checks import check_caches, check_dtype, check_page_dtype, require
 
 
 def rope_kv_write(
@@ -34,7 +34,8 @@ def rope_kv_write(
         key, value: [T, Hk, D], like query.
         positions: [T] int64, contiguous, each in [0, max_positions).
         cos_sin: [max_positions, rotary_dim] float32, as for `rope`.
-        k_cache, v_cache: [num_blocks, Hk, block_size, D] in query's dtype, as for `kv_write`.
+        k_cache, v_cache: [num_blocks, Hk, block_size, D] in query's dtype, or on a CPU in 16 bits for a query in
+            float32, as for `kv_write`.
         slot_mapping: [T] int64, contiguous, as for `kv_write`.
         query_norm, key_norm: [D] in query's dtype, contiguous: weights of the norms; both or neither.
         eps: added to the mean of squares.
@@ -60,7 +61,7 @@ def rope_kv_write(
         )
     require(key.shape == value.shape, "key and value must have one shape", key, value)
     check_caches(k_cache, v_cache, key.shape[1], key.shape[2])
-    require(k_cache.dtype == query.dtype, "query and cache must have one dtype", query, k_cache)
+    check_page_dtype(k_cache, query.dtype, body)
     for indices in (positions, slot_mapping):
         require(
             indices.shape == query.shape[:1] and indices.dtype == torch.int64 and indices.is_contiguous(),

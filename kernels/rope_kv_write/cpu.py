@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from quire.kernels.cpu_elements import (
+    bfloat16_pointer,
+    float16_pointer,
     float32_pointer,
     float64_pointer,
     int64_pointer,
@@ -18,7 +20,7 @@ from quire.kernels.cpu_elements import (
     take,
     write,
 )
-from quire.kernels.cpu_norm import rotate, rotate_scaled, sum_of_squares
+from quire.kernels.cpu_norm import copy_row, rotate, rotate_scaled, sum_of_squares
 from quire.kernels.cpu_workers import ALONE, Worker, row_threads
 
 # A call's parameters: their places in the int64 array that its threads share. Strides are in elements.
@@ -61,8 +63,7 @@ def _turn(source, target, cos, sin, rotary_dim, head_dim, normalises, weight, ep
             write(target, i, read(source, i) * factor * read(weight, i))
     else:
         rotate(source, target, cos, sin, rotary_dim // 2, np.float32(1.0), weight)
-        for i in range(rotary_dim, head_dim):
-            target[i] = source[i]
+        copy_row(move(source, rotary_dim), move(target, rotary_dim), head_dim - rotary_dim)
 
 
 def _prepare(shared: Any) -> None:
@@ -71,7 +72,9 @@ def _prepare(shared: Any) -> None:
         parameters[TICKET] = ALONE
 
 
-def _write_tokens(shared: Any) -> None:
+@numba.njit
+def _write_tokens(shared, page):  # type: ignore[no-untyped-def]
+    """`shared` points to elements of the query's dtype, `page` to such as the cache holds."""
     parameters = int64_pointer(shared)
     head_dim, rotary_dim, block_size = parameters[HEAD_DIM], parameters[ROTARY_DIM], parameters[BLOCK_SIZE]
     positions, slots = int64_pointer(parameters[POSITIONS]), int64_pointer(parameters[SLOTS])
@@ -93,16 +96,32 @@ def _write_tokens(shared: Any) -> None:
         for head in range(parameters[NUM_KV_HEADS]):
             target = slot + head * parameters[HEAD_STRIDE]
             row = move(key, head * parameters[KEY_HEAD_STRIDE])
-            cached = move(pointer_to(parameters[K_CACHE], shared), target)
+            cached = move(pointer_to(parameters[K_CACHE], page), target)
             _turn(row, cached, cos, sin, rotary_dim, head_dim, normalises, key_norm, epsilon)
             row = move(value, head * parameters[VALUE_HEAD_STRIDE])
-            cached = move(pointer_to(parameters[V_CACHE], shared), target)
-            for i in range(head_dim):
-                cached[i] = row[i]
+            cached = move(pointer_to(parameters[V_CACHE], page), target)
+            copy_row(row, cached, head_dim)
         token = take(parameters)
 
 
-WORKER = Worker(_write_tokens, _prepare)
+def _write(shared: Any) -> None:
+    _write_tokens(shared, shared)
+
+
+def _write_bfloat16(shared: Any) -> None:
+    _write_tokens(shared, bfloat16_pointer(shared))
+
+
+def _write_float16(shared: Any) -> None:
+    _write_tokens(shared, float16_pointer(shared))
+
+
+WORKER = Worker(_write, _prepare)
+PAGE_WORKERS = {
+    torch.bfloat16: Worker(_write_bfloat16, _prepare),
+    torch.float16: Worker(_write_float16, _prepare),
+}
+"""For pages of another dtype than the query's."""
 
 
 def rope_kv_write(
@@ -132,4 +151,5 @@ def rope_kv_write(
         np.int64,
     )
     parameters.view(np.float64)[EPSILON] = eps
-    WORKER.run(query.dtype, parameters, row_threads(num_tokens * (num_heads + num_kv_heads) * head_dim))
+    worker = WORKER if k_cache.dtype == query.dtype else PAGE_WORKERS[k_cache.dtype]
+    worker.run(query.dtype, parameters, row_threads(num_tokens * (num_heads + num_kv_heads) * head_dim))

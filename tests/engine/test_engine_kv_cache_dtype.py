@@ -69,16 +69,34 @@ def test_memory_and_perplexity() -> None:
     assert rounded.log_prob != exact.log_prob
 
 
+@pytest.mark.parametrize("has_bfloat16", [False, True])
+def test_without_bfloat16_pages_are_as_the_checkpoint(monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool) -> None:
+    """Where float32 only stands in for what the processor lacks; a request still gets the same tokens everywhere."""
+    monkeypatch.setattr("quire.engine.device.cpu_has_bfloat16", lambda: has_bfloat16)
+    each, auto = prompts(), {"dtype": "auto", "kv_cache_dtype": "auto"}
+    alone = make(**auto, enable_prefix_caching=False)
+    assert (alone.info.dtype, alone.info.kv_cache_dtype) == ("bfloat16" if has_bfloat16 else "float32", "bfloat16")
+    asked = make(dtype="float32", kv_cache_dtype="auto", num_blocks=20)
+    assert asked.info.kv_cache_dtype == "float32"
+    if has_bfloat16:
+        return  # as everywhere else in these tests
+    expected = [run(alone, [prompt])[0] for prompt in each]
+    for options in ({}, {"max_num_batched_tokens": 7}, {"num_blocks": 17}):
+        llm = make(**auto, **options)
+        assert run(llm, each) == expected
+        assert run(llm, each) == expected
+
+
 def test_fp8_is_for_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"fp8 needs an NVIDIA GPU of .* 8.9 or newer.* use --kv-cache-dtype int8"):
         make(kv_cache_dtype="fp8")
     config, gpu = EngineConfig(model="-", kv_cache_dtype="fp8"), torch.device("cuda")
     for target, dtype in ((H100, torch.float8_e4m3fn), (B200, torch.float8_e4m3fn), (MI300, torch.float8_e4m3fnuz)):
         monkeypatch.setattr("quire.engine.device.current_target", lambda _, target=target: target)
-        assert choose_kv_cache_dtype(config, torch.bfloat16, gpu) == dtype
+        assert choose_kv_cache_dtype(config, "bfloat16", torch.bfloat16, gpu) == dtype
     monkeypatch.setattr("quire.engine.device.current_target", lambda _: A100)
     with pytest.raises(ConfigError, match="use --kv-cache-dtype int8"):
-        choose_kv_cache_dtype(config, torch.bfloat16, gpu)
+        choose_kv_cache_dtype(config, "bfloat16", torch.bfloat16, gpu)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=str)

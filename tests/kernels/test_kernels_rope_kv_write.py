@@ -168,7 +168,7 @@ def test_refuses_what_it_cannot_do() -> None:
     indices, table = torch.zeros(2, dtype=torch.int64), torch.zeros(9, 8)
     with pytest.raises(ValueError, match="both query and key"):
         rope_kv_write(query, key, key, indices, table, caches[0], caches[1], indices, torch.ones(8), None)
-    with pytest.raises(ValueError, match="one dtype"):
-        rope_kv_write(query, key, key, indices, table, *caches.bfloat16(), indices)
+    with pytest.raises(ValueError, match="must have the dtype"):
+        rope_kv_write(query, key, key, indices, table, *caches.double(), indices)
     with pytest.raises(ValueError, match="int64"):
         rope_kv_write(query, key, key, indices.int(), table, caches[0], caches[1], indices)
