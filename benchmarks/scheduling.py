@@ -87,11 +87,11 @@ class Figures:
 class PrefillFirst(Scheduler):
     """As a peer: whole prompts, alone, as soon as they have arrived; nobody decodes meanwhile."""
 
-    def _schedule_decodes(self, builder: BatchBuilder) -> list[Sequence]:
+    def _schedule_decodes(self, candidates: list[Sequence], builder: BatchBuilder) -> list[Sequence]:
         prompts = BatchBuilder(builder.budget)
         self.prompts.schedule_waiting(prompts, self.prompts.budget(prompts))
         if prompts.empty:
-            return super()._schedule_decodes(builder)
+            return super()._schedule_decodes(candidates, builder)
         builder.decodes, builder.chunks, builder.started = prompts.decodes, prompts.chunks, prompts.started
         builder.budget = 0
         return []
