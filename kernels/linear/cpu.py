@@ -123,7 +123,8 @@ def _multiply_unit(  # type: ignore[no-untyped-def]
 ):
     """A block of rows on a panel, in passes, while the panel of the unit `following` is brought; < 0: there is none.
 
-    If it `widens`, all passes go over one part of the panel after another, which the first of them widens.
+    If the weights are of another type than the rows (`widens`), all passes go over one part of the panel after another,
+    which the first of them widens.
     """
     depth, x_stride, stride = parameters[IN_FEATURES], parameters[X_STRIDE], parameters[PANEL_STRIDE]
     panel, block = divmod(unit, num_blocks)
@@ -133,9 +134,9 @@ def _multiply_unit(  # type: ignore[no-untyped-def]
     next_panel = move(weight, following // num_blocks * stride)
     passes_ahead = min(num_passes, MAX_PASSES_AHEAD) if following >= 0 and num_passes > 1 else 0
     part = -(-2 * PANEL // max(passes_ahead, 1))  # of the next panel, for each pair of input features
-    in_parts = widens and num_passes > 1
+    in_parts = widens and WIDE_DEPTH > 0 and num_passes > 1
     depth_at_once = WIDE_DEPTH if in_parts else depth
-    for first in range(0, depth, max(1, depth_at_once)):
+    for first in range(0, depth, depth_at_once):
         row, passes_left = first_row, num_passes
         while row < end:
             count = -(-(end - row) // passes_left)  # as even as can be
@@ -194,11 +195,11 @@ def _multiply(shared: Any) -> None:
 
 
 def _multiply_bfloat16(shared: Any) -> None:
-    _multiply_panels(shared, bfloat16_pointer(int64_pointer(shared)[WEIGHT]), WIDE_DEPTH > 0)
+    _multiply_panels(shared, bfloat16_pointer(int64_pointer(shared)[WEIGHT]), True)
 
 
 def _multiply_float16(shared: Any) -> None:
-    _multiply_panels(shared, float16_pointer(int64_pointer(shared)[WEIGHT]), WIDE_DEPTH > 0)
+    _multiply_panels(shared, float16_pointer(int64_pointer(shared)[WEIGHT]), True)
 
 
 def _multiply_tiles(shared: Any) -> None:
